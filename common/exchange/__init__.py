@@ -1,0 +1,139 @@
+"""The exchange: how rows of hidden states reach the routed experts and come back.
+
+One protocol with two ends, driven by messages. It is written for any number of routers and expert workers: nothing
+waits across routers, and nobody sends a message only to keep somebody else company. The number of tokens is fixed
+within a step, so the step header fixes the size of every message of the step.
+
+Shapes: T tokens, K experts per token, R rows at an expert worker, D hidden_size, E_local experts a worker holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+ALL_GATHER = 1
+"""ep_level 1: every worker gets all tokens and returns one partial sum per token."""
+ALL_TO_ALL = 2
+"""ep_level 2: only the rows an expert needs travel to it and come back."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepHeader:
+    """What an expert worker must know before the rows of a step arrive. Fixed for the whole step.
+
+    Attributes:
+        term: the router's term; a worker obeys only terms it has registered with.
+        epoch: the membership and placement of the step; the first header of an epoch commits it.
+        step_id: grows by one with every step of the term.
+        ep_level: ALL_GATHER or ALL_TO_ALL.
+        num_tokens: tokens of the router in this step.
+        micro_batches: parts the step is cut into; each layer is dispatched once per part.
+    """
+
+    term: int
+    epoch: int
+    step_id: int
+    ep_level: int
+    num_tokens: int
+    micro_batches: int = 1
+
+
+@dataclass(slots=True)
+class Dispatched:
+    """Rows in flight: what `combine` needs to bring them home. Owned by the exchange that made it.
+
+    Attributes:
+        layer_id: the MoE layer.
+        micro_batch: which part of the step.
+        num_tokens: T, rows of the `hidden_states` that were dispatched.
+    """
+
+    layer_id: int
+    micro_batch: int
+    num_tokens: int
+
+
+@dataclass(slots=True)
+class Received:
+    """Rows that arrived for the experts of one layer. Valid until `reply`, which gives the buffer back.
+
+    Attributes:
+        router: which router sent them, as the expert end numbers its links.
+        term: the router's term.
+        epoch: the membership and placement the rows belong to.
+        step_id: the router's step.
+        layer_id: the MoE layer.
+        micro_batch: which part of the step.
+        round: 0, or more where the rows did not fit one buffer.
+        rows: [R, D] in the model's dtype, sorted by local expert.
+        tokens_per_expert: [E_local] int64 on the CPU; sums to R. May hold zeros, and R may be 0.
+    """
+
+    router: int
+    term: int
+    epoch: int
+    step_id: int
+    layer_id: int
+    micro_batch: int
+    round: int
+    rows: Tensor
+    tokens_per_expert: Tensor
+    handle: object = field(default=None, repr=False)
+    """Private to the exchange."""
+
+
+class RouterExchange(Protocol):
+    """The router's end."""
+
+    def begin(self, header: StepHeader) -> None:
+        """Announce a step on every link. Raises WorkerLost."""
+
+    def dispatch(
+        self, layer_id: int, micro_batch: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
+    ) -> Dispatched:
+        """Send rows to the experts and return at once.
+
+        Args:
+            layer_id: the MoE layer.
+            micro_batch: which part of the step.
+            hidden_states: [T, D] in the model's dtype. T may be 0.
+            topk_ids: [T, K] int64, checkpoint indices of the chosen experts, distinct within a row.
+            topk_weights: [T, K] float32.
+
+        Raises:
+            WorkerLost: a link failed while sending.
+        """
+
+    def combine(self, dispatched: Dispatched) -> Tensor:
+        """Wait for the experts and return their weighted sum, [T, D] float32.
+
+        Each product of weight and row is rounded in float32, the products of a token are added in slot order in
+        float64, and the sum is rounded once: the same bits for any number of workers, and the same at both levels.
+
+        Raises:
+            WorkerLost: a worker died, or did not answer within its deadline.
+        """
+
+    def close(self) -> None:
+        """Drop every link. Never blocks on a dead peer."""
+
+
+class ExpertExchange(Protocol):
+    """The expert worker's end. One thread calls receive and reply."""
+
+    def receive(self, timeout_s: float | None = None) -> Received | None:
+        """Wait for rows from any router; None when `timeout_s` passed or the exchange was closed."""
+
+    def reply(self, output: Tensor, received: Received) -> None:
+        """Send the experts' output home, in any order.
+
+        Args:
+            output: [R, D], row i belongs to row i of `received.rows`.
+            received: what `receive` returned; its buffer is reused afterwards.
+        """
+
+    def close(self) -> None:
+        """Drop every link. Never blocks on a dead peer."""

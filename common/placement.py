@@ -1,0 +1,45 @@
+"""Which expert worker holds which routed experts. Pure and torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from common.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """For every MoE layer, the routed experts of each expert worker in the order it holds them.
+
+    Attributes:
+        layers: layer_id -> (experts of ep_rank 0, experts of ep_rank 1, ...), checkpoint indices.
+    """
+
+    layers: Mapping[int, tuple[tuple[int, ...], ...]]
+
+    @property
+    def ep_size(self) -> int:
+        """Expert workers in the group."""
+        return len(next(iter(self.layers.values()), ()))
+
+    def experts_of(self, ep_rank: int) -> dict[int, tuple[int, ...]]:
+        """The experts that worker `ep_rank` holds: layer_id -> checkpoint indices."""
+        return {layer_id: owners[ep_rank] for layer_id, owners in self.layers.items()}
+
+
+def contiguous(n_routed_experts: int, ep_size: int, moe_layer_ids: Iterable[int]) -> Placement:
+    """Deal the experts out in blocks, worker 0 first; shares differ by at most one expert.
+
+    Raises:
+        ConfigError: ep_size is not in [1, n_routed_experts].
+    """
+    if not 1 <= ep_size <= n_routed_experts:
+        raise ConfigError(
+            f"{ep_size} expert workers cannot share {n_routed_experts} routed experts: "
+            f"start between 1 and {n_routed_experts}"
+        )
+    share, extra = divmod(n_routed_experts, ep_size)
+    starts = [rank * share + min(rank, extra) for rank in range(ep_size + 1)]
+    blocks = tuple(tuple(range(starts[rank], starts[rank + 1])) for rank in range(ep_size))
+    return Placement({layer_id: blocks for layer_id in moe_layer_ids})

@@ -1,0 +1,130 @@
+"""What an expert worker's agent and its executor say to each other. Torch-free; carried by common.channel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from common.channel import by_name
+
+# ---------------------------------------------------------------- agent -> executor
+
+
+@dataclass(frozen=True, slots=True)
+class Configure:
+    """The first message.
+
+    Attributes:
+        threads: torch threads; None leaves torch's default.
+        data_address: address of this host on the data plane.
+    """
+
+    device: str
+    threads: int | None
+    data_address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare:
+    """Load what the epoch needs and is missing, then join the link. Answered by Loading..., Loaded, Linked.
+
+    Attributes:
+        layers: [[layer_id, [expert ids in local order]], ...].
+        host, port, prefix, timeout_s: where and how the link is agreed on (fleet.proto, LinkAddress).
+    """
+
+    term: int
+    epoch: int
+    incarnation: int
+    ep_rank: int
+    model_path: str
+    dtype: str
+    layers: list[list[int | list[int]]]
+    host: str
+    port: int
+    prefix: str
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """A router is gone: drop its links. Weights stay."""
+
+    term: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """End the process."""
+
+
+# ---------------------------------------------------------------- executor -> agent
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Torch is imported and the device answers. `arithmetic` is the hash of a fixed computation on it."""
+
+    device: str
+    arithmetic: str
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """Some weights of the epoch were read."""
+
+    term: int
+    epoch: int
+    loaded_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """All weights of the epoch are in memory; the executor waits at the link's address."""
+
+    term: int
+    epoch: int
+    loaded_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Linked:
+    """The link of the epoch is up."""
+
+    term: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareFailed:
+    """The epoch cannot be prepared; links and weights in force are untouched.
+
+    Attributes:
+        kind: name of the class in common.errors.
+    """
+
+    term: int
+    epoch: int
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class LinkClosed:
+    """The link of an epoch ended: the router dropped it, or died."""
+
+    term: int
+    epoch: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fatal:
+    """The last message before the executor exits: why it cannot go on."""
+
+    kind: str
+    message: str
+
+
+TO_EXECUTOR = by_name(Configure, Prepare, Forget, Shutdown)
+TO_AGENT = by_name(Ready, Loading, Loaded, Linked, PrepareFailed, LinkClosed, Fatal)

@@ -1,0 +1,222 @@
+"""What the router's front and its engine say to each other. Torch-free; carried by common.channel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from common.channel import by_name
+
+# ---------------------------------------------------------------- front -> engine
+
+
+@dataclass(frozen=True, slots=True)
+class Configure:
+    """The first message: everything the engine is started with.
+
+    Attributes:
+        kv_cache_bytes: budget of the latent cache.
+        block_size: tokens per KV block.
+        max_seq_len: most tokens of prompt and answer; None takes what the checkpoint and the cache allow.
+        threads: torch threads; None leaves torch's default.
+        data_address: address on which links to expert workers are agreed on.
+        experts_in_process: keep the routed experts in this process (loopback) instead of on expert workers.
+        deadline_floor_s: shortest time an expert worker is given to answer.
+    """
+
+    model_path: str
+    dtype: str
+    device: str
+    threads: int | None
+    kv_cache_bytes: int
+    block_size: int
+    max_seq_len: int | None
+    max_batch_size: int
+    max_prefill_tokens: int
+    ep_level: int
+    term: int
+    data_address: str
+    experts_in_process: bool
+    deadline_floor_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Connect:
+    """Join the links of an epoch, beside the running ones. Answered by Linked or LinkFailed.
+
+    Attributes:
+        members: one per ep_rank in order: {"ep_rank", "worker" (its name), "incarnation", "prefix" (of its link)}.
+        layers: [[layer_id, [experts of ep_rank 0], [experts of ep_rank 1], ...], ...].
+        timeout_s: how long to wait for each worker at its link's address.
+    """
+
+    epoch: int
+    members: list[dict[str, int | str]]
+    layers: list[list[int | list[int]]]
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnect:
+    """Drop the links of an epoch: a member is gone. Running requests end as lost."""
+
+    epoch: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Take in one request.
+
+    Attributes:
+        stop_token_ids: tokens that end the answer; the model's own are in it unless the client asked to ignore them.
+        max_tokens: most tokens to generate, already bounded by max_seq_len.
+        logprobs: alternatives per token, 0 for the chosen token alone, None for no log-probabilities.
+    """
+
+    request_id: str
+    prompt: list[int]
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    max_tokens: int
+    stop_token_ids: list[int]
+    logprobs: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Forget a request and free its blocks at the next step. Unknown ids are ignored."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Answers AskProgress: `progress` differs from the last answer when the worker moved on; None: not reachable."""
+
+    ask_id: int
+    progress: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """End the process."""
+
+
+# ---------------------------------------------------------------- engine -> front
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """Some of the router's weights were read."""
+
+    loaded_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The engine is ready for Connect (or, with the experts in its process, for Submit).
+
+    Attributes:
+        store_host, store_port: where expert workers agree on their links.
+    """
+
+    loaded_bytes: int
+    kv_blocks: int
+    block_size: int
+    max_seq_len: int
+    store_host: str
+    store_port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Linked:
+    """All links of the epoch are up; the next step's header commits it."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinkFailed:
+    """A link of the epoch could not be made. The running epoch is untouched."""
+
+    epoch: int
+    ep_rank: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The tokens of one step.
+
+    Attributes:
+        events: one dict per sequence: "id" (request_id), "token", "fin" (None, "stop" or "length"), and, where
+            log-probabilities were asked for, "logprob" and "top" ([[token_id, logprob], ...], most likely first).
+    """
+
+    events: list[dict[str, object]]
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """Running and waiting requests cannot be continued: an expert worker was lost, the epoch is over.
+
+    Attributes:
+        ep_rank: the worker that was lost, or -1 where the front said so itself (Disconnect).
+        request_ids: the requests that ended.
+    """
+
+    epoch: int
+    ep_rank: int
+    message: str
+    request_ids: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """One request cannot be run, now or ever. The engine goes on."""
+
+    request_id: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class AskProgress:
+    """An expert worker is overdue: has it moved? Answered by Progress."""
+
+    ask_id: int
+    ep_rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Sent after a step, at most ten times a second, and when the engine becomes idle.
+
+    Attributes:
+        workers: per ep_rank [receive_s, compute_s, reply_s] of the last step.
+    """
+
+    num_running: int
+    num_waiting: int
+    kv_blocks_used: int
+    num_steps: int
+    epoch: int
+    workers: list[list[float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Fatal:
+    """The last message before the engine exits: why it cannot go on.
+
+    Attributes:
+        kind: name of the class in common.errors.
+    """
+
+    kind: str
+    message: str
+
+
+TO_ENGINE = by_name(Configure, Connect, Disconnect, Submit, Abort, Progress, Shutdown)
+TO_FRONT = by_name(Loading, Loaded, Linked, LinkFailed, Tokens, Lost, Rejected, AskProgress, Stats, Fatal)
