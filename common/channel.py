@@ -1,7 +1,7 @@
 """JSON lines over a socketpair: how a service's parent and its child talk. Torch-free.
 
-Every message is a flat frozen dataclass of JSON values. A line is {"type": CLASS, fields...}; a receiver knows the
-classes it accepts, and anything else is an error. Nothing is pickled.
+Every message is a flat frozen dataclass of JSON values. A line is {"type": CLASS, fields...}; a receiver
+knows the classes it accepts, and anything else is an error. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ MAX_LINE_BYTES = 64 << 20
 
 def encode(message: Any) -> bytes:
     """One message dataclass as one line."""
-    return json.dumps({"type": type(message).__name__, **asdict(message)}, separators=(",", ":")).encode() + b"\n"
+    fields = {"type": type(message).__name__, **asdict(message)}
+    return json.dumps(fields, separators=(",", ":")).encode() + b"\n"
 
 
 def decode(line: bytes, accepted: dict[str, type]) -> Any:

@@ -42,4 +42,4 @@ def contiguous(n_routed_experts: int, ep_size: int, moe_layer_ids: Iterable[int]
     share, extra = divmod(n_routed_experts, ep_size)
     starts = [rank * share + min(rank, extra) for rank in range(ep_size + 1)]
     blocks = tuple(tuple(range(starts[rank], starts[rank + 1])) for rank in range(ep_size))
-    return Placement({layer_id: blocks for layer_id in moe_layer_ids})
+    return Placement(dict.fromkeys(moe_layer_ids, blocks))

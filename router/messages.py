@@ -44,7 +44,7 @@ class Connect:
     """Join the links of an epoch, beside the running ones. Answered by Linked or LinkFailed.
 
     Attributes:
-        members: one per ep_rank in order: {"ep_rank", "worker" (its name), "incarnation", "prefix" (of its link)}.
+        members: one per ep_rank: {"ep_rank", "worker" (its name), "incarnation", "prefix" (of the link)}
         layers: [[layer_id, [experts of ep_rank 0], [experts of ep_rank 1], ...], ...].
         timeout_s: how long to wait for each worker at its link's address.
     """
@@ -68,7 +68,7 @@ class Submit:
     """Take in one request.
 
     Attributes:
-        stop_token_ids: tokens that end the answer; the model's own are in it unless the client asked to ignore them.
+        stop_token_ids: tokens that end the answer, with the model's own unless those are to be ignored.
         max_tokens: most tokens to generate, already bounded by max_seq_len.
         logprobs: alternatives per token, 0 for the chosen token alone, None for no log-probabilities.
     """
@@ -93,7 +93,7 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Answers AskProgress: `progress` differs from the last answer when the worker moved on; None: not reachable."""
+    """Answers AskProgress: `progress` differs from the last one if the worker moved; None: not reachable."""
 
     ask_id: int
     progress: int | None
@@ -152,8 +152,9 @@ class Tokens:
     """The tokens of one step.
 
     Attributes:
-        events: one dict per sequence: "id" (request_id), "token", "fin" (None, "stop" or "length"), and, where
-            log-probabilities were asked for, "logprob" and "top" ([[token_id, logprob], ...], most likely first).
+        events: one dict per sequence: "id" (request_id), "token", "fin" (None, "stop" or "length"), and,
+            where log-probabilities were asked for, "logprob" and "top" ([[token_id, logprob], ...], likeliest
+            first).
     """
 
     events: list[dict[str, object]]

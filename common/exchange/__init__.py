@@ -1,10 +1,10 @@
 """The exchange: how rows of hidden states reach the routed experts and come back.
 
-One protocol with two ends, driven by messages. It is written for any number of routers and expert workers: nothing
-waits across routers, and nobody sends a message only to keep somebody else company. The number of tokens is fixed
-within a step, so the step header fixes the size of every message of the step.
+One protocol with two ends, driven by messages. It is written for any number of routers and expert workers:
+nothing waits across routers, and nobody sends a message only to keep somebody else company. The number of
+tokens is fixed within a step, so the step header fixes the size of every message of the step.
 
-Shapes: T tokens, K experts per token, R rows at an expert worker, D hidden_size, E_local experts a worker holds.
+Shapes: T tokens, K experts per token, R rows at an expert worker, D hidden_size, E_local experts of a worker.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ class RouterExchange(Protocol):
     def combine(self, dispatched: Dispatched) -> Tensor:
         """Wait for the experts and return their weighted sum, [T, D] float32.
 
-        Each product of weight and row is rounded in float32, the products of a token are added in slot order in
-        float64, and the sum is rounded once: the same bits for any number of workers, and the same at both levels.
+        Each product of weight and row is rounded in float32, the products of a token are added in slot order
+        in float64, and the sum is rounded once: the same bits for any number of workers and at both levels.
 
         Raises:
             WorkerLost: a worker died, or did not answer within its deadline.

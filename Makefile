@@ -1,0 +1,70 @@
+# Everything a contributor runs. `make demo` and `make test` are all that a fresh machine needs.
+#
+#   PYTHON           interpreter to build .venv from; default: the first python3 that is 3.11 or newer
+#   TORCH_INDEX_URL  where torch comes from, for example https://download.pytorch.org/whl/cu130 for CUDA;
+#                    default: the CPU build, wherever pip finds one (see README, "Install")
+#   PYTEST_ARGS      more arguments for pytest, for example PYTEST_ARGS='-k exchange -x'
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?=
+TORCH_INDEX_URL ?=
+PYTEST_ARGS ?=
+
+.PHONY: help setup demo test test-all lint format types protos check bench clean
+
+help:  ## Say what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
+
+setup: $(VENV)/.installed  ## Create .venv and install everything (quick when up to date)
+
+# Another source of torch is asked for: install even when .venv is up to date.
+ifneq ($(TORCH_INDEX_URL),)
+.PHONY: $(VENV)/.installed
+endif
+
+$(VENV)/.installed: pyproject.toml scripts/setup.sh
+	@PYTHON='$(PYTHON)' TORCH_INDEX_URL='$(TORCH_INDEX_URL)' scripts/setup.sh $(VENV)
+	@touch $@
+
+demo: setup  ## Start a router and two expert workers and stream an answer
+	@scripts/demo.sh $(BIN)
+
+test: setup  ## Run the tests (no accelerator needed)
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-all: setup  ## Run the slow tests too
+	@$(BIN)/python -m pytest -m 'not cuda and not npu' $(PYTEST_ARGS)
+
+lint: setup  ## Style, and who imports whom
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports
+
+format: setup  ## Put the code in shape
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+types: setup  ## Check the types
+	@$(BIN)/mypy
+
+protos: setup  ## Generate protos/*_pb2* from protos/*.proto
+	@$(BIN)/python -m grpc_tools.protoc -I. --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
+	  --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
+	  --python_out=. --mypy_out=. --mypy_grpc_out=. --grpc_python_out=. protos/*.proto
+	@echo 'protos: generated; commit what changed'
+
+check: lint types test  ## What has to be green before a commit
+
+bench: setup  ## Run the benchmarks of benchmarks/ (see its README)
+	@$(BIN)/python -m benchmarks.bench_exchange
+	@$(BIN)/python -m benchmarks.v2_lite_shape .cache/v2-lite-shape
+	@$(BIN)/python -m benchmarks.bench_serving .cache/v2-lite-shape
+
+clean:  ## Remove what was made: environment, demo checkpoint, caches
+	@rm -rf $(VENV) .cache build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

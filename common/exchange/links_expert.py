@@ -1,0 +1,284 @@
+"""The expert worker's end of the links: a receive thread per router, one queue for the computing thread.
+
+Shapes: T tokens, K experts per token, R rows, D hidden_size, E_local experts a worker holds.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+
+import torch
+from torch import Tensor
+
+from common.errors import ExchangeError, LinkError, MessageError
+from common.exchange import ALL_GATHER, ALL_TO_ALL, Received, StepHeader, wire
+from common.exchange.routing import LocalRows, RowShape, expand_rows, local_table, partial_sum
+from common.process_group import PairLink, PendingTransfer, release
+
+logger = logging.getLogger(__name__)
+
+GOODBYE_S = 1.0
+
+
+@dataclass(slots=True)
+class _Router:
+    """A router as its receive thread sees it."""
+
+    number: int
+    term: int
+    epoch: int
+    incarnation: int
+    link: PairLink
+    shape: RowShape
+    experts: Mapping[int, tuple[int, ...]]
+    tables: dict[int, Tensor]
+    step: StepHeader | None = None
+    capacity: int = wire.HEADER_BYTES
+    is_dropped: bool = False
+    replies: list[PendingTransfer] = field(default_factory=list)
+    free: list[Tensor] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass(slots=True)
+class _Arrival:
+    """What a reply needs to know about the message it answers."""
+
+    router: _Router
+    header: wire.Header
+    buffer: Tensor
+    local: LocalRows | None
+    received_ns: int
+    compute_start_ns: int = 0
+
+
+class LinksExpertExchange:
+    """An ExpertExchange over pair links; a link that misbehaves is dropped, the others go on."""
+
+    def __init__(self, on_closed: Callable[[int, int, str], None]) -> None:
+        """Call `on_closed(term, epoch, reason)` from a receive thread when a link ended by itself."""
+        self._on_closed = on_closed
+        self._arrivals: SimpleQueue[Received | None] = SimpleQueue()
+        self._routers: list[_Router] = []
+        self._lock = threading.Lock()
+        self._count = 0
+        self._is_closed = False
+
+    def add_router(
+        self,
+        term: int,
+        epoch: int,
+        incarnation: int,
+        link: PairLink,
+        shape: RowShape,
+        experts: Mapping[int, tuple[int, ...]],
+    ) -> None:
+        """Receive on a link; an older epoch of the term goes on until this one's first step header."""
+        tables = {layer_id: local_table(own) for layer_id, own in experts.items()}
+        with self._lock:
+            if self._is_closed:
+                raise LinkError("the exchange is closed: no router can be added")
+            router = _Router(self._count, term, epoch, incarnation, link, shape, experts, tables)
+            self._count += 1
+            self._routers.append(router)
+        threading.Thread(
+            target=self._receive_all, args=(router,), name=f"router-{term}-{epoch}", daemon=True
+        ).start()
+
+    def forget(self, term: int) -> None:
+        """Drop every link of a term."""
+        self._drop_all(lambda router: router.term == term)
+
+    def receive(self, timeout_s: float | None = None) -> Received | None:
+        """Wait for rows from any router; None when the time passed or the exchange was closed."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while not self._is_closed:
+            left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+            try:
+                received = self._arrivals.get(timeout=left)
+            except Empty:
+                return None
+            if received is None:
+                return None
+            arrival = _arrival_of(received)
+            if not arrival.router.is_dropped:
+                arrival.compute_start_ns = time.monotonic_ns()
+                return received
+        return None
+
+    def reply(self, output: Tensor, received: Received) -> None:
+        """Send output [R, D] home; a link that fails meanwhile is dropped, which the caller need not know."""
+        arrival = _arrival_of(received)
+        router, header = arrival.router, arrival.header
+        if output.shape != received.rows.shape:
+            raise MessageError(f"output {tuple(output.shape)} must match rows {tuple(received.rows.shape)}")
+        compute_end_ns = time.monotonic_ns()
+        body = output.to(router.shape.dtype)
+        if arrival.local is not None:
+            body = partial_sum(body, arrival.local)
+        header.kind = wire.REPLY
+        header.received_ns, header.compute_start_ns = arrival.received_ns, arrival.compute_start_ns
+        header.compute_end_ns = compute_end_ns
+        buffer = torch.empty(wire.total_bytes(body), dtype=torch.uint8)
+        message = wire.pack(buffer, header, body)
+        with router.lock:
+            if router.is_dropped:
+                return
+            try:
+                router.replies.append(router.link.post_send(message))
+            except LinkError:
+                return  # the receive thread sees the same failure and reports it
+            if arrival.buffer.numel() == router.capacity:
+                router.free.append(arrival.buffer)
+
+    def close(self) -> None:
+        """Drop every link and wake the thread in `receive`."""
+        self._is_closed = True
+        self._drop_all(lambda router: True)
+        self._arrivals.put(None)
+
+    def _drop_all(self, is_wanted: Callable[[_Router], bool]) -> None:
+        with self._lock:
+            dropped = [router for router in self._routers if is_wanted(router)]
+            self._routers = [router for router in self._routers if router not in dropped]
+        for router in dropped:
+            _drop(router, says_goodbye=True)
+
+    def _receive_all(self, router: _Router) -> None:
+        reason = ""
+        try:
+            while not router.is_dropped:
+                self._receive_one(router)
+        except ExchangeError as error:
+            reason = str(error)
+        with self._lock:
+            was_known = router in self._routers
+            self._routers = [other for other in self._routers if other is not router]
+        _drop(router, says_goodbye=False)
+        if was_known:
+            logger.warning("link of term %d, epoch %d ended: %s", router.term, router.epoch, reason)
+            self._on_closed(router.term, router.epoch, reason)
+
+    def _receive_one(self, router: _Router) -> None:
+        with router.lock:
+            buffer = router.free.pop() if router.free else torch.empty(router.capacity, dtype=torch.uint8)
+        router.link.recv(buffer, None)  # an idle router costs nothing: no deadline here
+        received_ns = time.monotonic_ns()
+        with router.lock:
+            replies, router.replies = router.replies, []
+        for reply in replies:
+            reply.wait(None)  # the router posted its receive before it sent the rows
+        header = wire.unpack_header(buffer)
+        _check_origin(router, header)
+        if header.kind == wire.STEP:
+            self._begin(router, header)
+        elif header.kind == wire.ROWS:
+            self._arrivals.put(_rows_of(router, header, buffer, received_ns))
+        else:
+            raise MessageError(f"the router ended the link (message kind {header.kind})")
+
+    def _begin(self, router: _Router, header: wire.Header) -> None:
+        if not wire.HEADER_BYTES <= header.capacity_bytes <= wire.MAX_BYTES:
+            raise MessageError(f"a step announces buffers of {header.capacity_bytes} bytes")
+        if header.ep_level not in (ALL_GATHER, ALL_TO_ALL):
+            raise MessageError(f"a step announces ep_level {header.ep_level}: it must be 1 or 2")
+        if router.step is not None and header.step_id <= router.step.step_id:
+            raise MessageError(f"step {header.step_id} came after step {router.step.step_id}")
+        if router.step is None:  # the first header commits the epoch
+            self._drop_all(lambda other: other.term == router.term and other.epoch < router.epoch)
+        router.step = StepHeader(
+            header.term,
+            header.epoch,
+            header.step_id,
+            header.ep_level,
+            header.num_tokens,
+            header.micro_batches,
+        )
+        with router.lock:
+            if router.capacity != header.capacity_bytes:
+                router.capacity = header.capacity_bytes
+                router.free.clear()
+
+
+def _arrival_of(received: Received) -> _Arrival:
+    if not isinstance(received.handle, _Arrival):
+        raise MessageError("these rows were not received by this exchange")
+    return received.handle
+
+
+def _check_origin(router: _Router, header: wire.Header) -> None:
+    found = (header.term, header.epoch, header.incarnation)
+    wanted = (router.term, router.epoch, router.incarnation)
+    if found != wanted:
+        raise MessageError(f"(term, epoch, incarnation) is {found}, this link belongs to {wanted}")
+
+
+def _rows_of(router: _Router, header: wire.Header, buffer: Tensor, received_ns: int) -> Received:
+    step, shape = router.step, router.shape
+    if step is None or header.step_id != step.step_id or header.ep_level != step.ep_level:
+        raise MessageError(f"rows of step {header.step_id} came outside of that step")
+    if header.layer_id not in router.experts or not 0 <= header.micro_batch < step.micro_batches:
+        raise MessageError(f"no rows belong to layer {header.layer_id}, micro-batch {header.micro_batch}")
+    if header.num_tokens > step.num_tokens:
+        raise MessageError(f"{header.num_tokens} tokens came in a step of {step.num_tokens}")
+    num_local = len(router.experts[header.layer_id])
+    local: LocalRows | None = None
+    if header.ep_level == ALL_GATHER:
+        slots = (header.num_tokens, shape.num_experts_per_tok)
+        layout = ((slots, torch.int64), (slots, torch.float32))
+        ids, weights, hidden = wire.unpack(
+            buffer, header, *layout, ((header.num_tokens, shape.hidden_size), shape.dtype)
+        )
+        if ids.numel() and int(ids.min()) < 0:
+            raise MessageError(f"expert {int(ids.min())} was chosen: indices begin at 0")
+        local = expand_rows(hidden, ids, weights, router.tables[header.layer_id], num_local)
+        rows, counts = local.rows, local.tokens_per_expert
+    else:
+        counts, rows = wire.unpack(
+            buffer,
+            header,
+            ((num_local,), torch.int64),
+            ((header.num_rows, shape.hidden_size), shape.dtype),
+        )
+        if (counts < 0).any() or int(counts.sum()) != header.num_rows:
+            raise MessageError(f"rows per expert {counts.tolist()} do not sum to {header.num_rows}")
+    arrival = _Arrival(router, header, buffer, local, received_ns)
+    return Received(
+        router.number,
+        router.term,
+        router.epoch,
+        header.step_id,
+        header.layer_id,
+        header.micro_batch,
+        header.round,
+        rows,
+        counts,
+        arrival,
+    )
+
+
+def _drop(router: _Router, says_goodbye: bool) -> None:
+    with router.lock:
+        is_first, router.is_dropped = not router.is_dropped, True
+        pending, router.replies = list(router.replies), []
+    if says_goodbye and is_first:
+        header = wire.Header(wire.GOODBYE, router.term, router.epoch, router.incarnation, 0)
+        threading.Thread(target=say_goodbye, args=(router.link, header), daemon=True).start()
+    else:
+        router.link.close()
+    release(list(pending))
+
+
+def say_goodbye(link: PairLink, header: wire.Header) -> None:
+    """Tell a living peer that the link ends, which frees its pending receive and ours; then close."""
+    buffer = torch.empty(wire.HEADER_BYTES, dtype=torch.uint8)
+    try:
+        link.send(wire.pack(buffer, header), GOODBYE_S)
+    except ExchangeError as error:
+        logger.debug("no goodbye: %s", error)
+    link.close()

@@ -1,0 +1,370 @@
+"""The router's end of the links.
+
+One thread per link waits for replies: an expired Gloo wait kills the pair, so a deadline that may be extended
+must be kept outside of Gloo, on the queue between those threads and `combine`.
+Shapes: T tokens, K experts per token, R rows, D hidden_size, E_local experts of a worker.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+
+import torch
+from torch import Tensor
+
+from common.errors import LinkError, MessageError, WorkerLost
+from common.exchange import ALL_GATHER, Dispatched, StepHeader, wire
+from common.exchange.links_expert import say_goodbye
+from common.exchange.routing import RowShape, SortedRows, layer_table, sort_rows, weighted_sum
+from common.placement import Placement
+from common.process_group import PairLink, PendingTransfer, release
+from common.timeline import Timeline
+
+CEILING_S = 120.0
+SLACK = 8.0
+PROBE_S = 0.05
+"""Pause between the first two questions for progress, which give the baseline."""
+EWMA = 0.2
+MOST_UNWAITED_SENDS = 64
+
+
+@dataclass(slots=True)
+class _InFlight(Dispatched):
+    """A dispatch whose replies are collected: rows by slot at level 2, one sum per worker at level 1."""
+
+    sorted_rows: SortedRows | None
+    topk_weights: Tensor
+    output: Tensor
+    partials: dict[int, Tensor] = field(default_factory=dict)
+    missing: int = 0
+
+
+@dataclass(slots=True)
+class _Request:
+    """One message that was sent and not answered yet."""
+
+    owner: _InFlight
+    header: wire.Header
+    begin: int
+    num_rows: int
+    posted_ns: int
+
+
+@dataclass(slots=True)
+class _Worker:
+    """A link and what is known about it."""
+
+    ep_rank: int
+    name: str
+    incarnation: int
+    link: PairLink
+    requests: dict[tuple[int, int, int], _Request] = field(default_factory=dict)
+    sends: list[PendingTransfer] = field(default_factory=list)
+    receives: SimpleQueue[PendingTransfer | None] = field(default_factory=SimpleQueue)
+    seconds_per_row: float = 0.0
+    waiting_since_ns: int = 0
+    deadline_ns: int = 0
+    progress: int | None = None
+    times: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+
+
+Arrival = tuple[int, Tensor | LinkError, int]
+
+
+class LinksRouterExchange:
+    """A RouterExchange over pair links. After a WorkerLost it is closed and of no further use."""
+
+    def __init__(  # noqa: PLR0913, PLR0917 - the order is a contract with the connector
+        self,
+        links: Sequence[PairLink],
+        names: Sequence[str],
+        placement: Placement,
+        shape: RowShape,
+        term: int,
+        incarnations: Sequence[int],
+        floor_s: float,
+        ask_progress: Callable[[int], int | None] | None,
+        timeline: Timeline | None = None,
+        capacity_rows: Callable[[int], int] | None = None,
+    ) -> None:
+        """Take over the links, in ep_rank order; `capacity_rows(num_tokens)` bounds the rows of one round."""
+        self._workers = [
+            _Worker(rank, name, incarnation, link)
+            for rank, (link, name, incarnation) in enumerate(zip(links, names, incarnations, strict=True))
+        ]
+        self._tables = {layer_id: layer_table(owners) for layer_id, owners in placement.layers.items()}
+        self._shape, self._term, self._floor_s = shape, term, floor_s
+        self._ask_progress, self._timeline = ask_progress, timeline
+        self._capacity_rows = capacity_rows or (lambda num_tokens: num_tokens * shape.num_experts_per_tok)
+        self._step: StepHeader | None = None
+        self._round_rows = 1
+        self._capacity = wire.HEADER_BYTES
+        self._arrivals: SimpleQueue[Arrival] = SimpleQueue()
+        self._is_closed = False
+        for worker in self._workers:
+            threading.Thread(
+                target=_receive_all,
+                args=(worker.ep_rank, worker.receives, self._arrivals),
+                name=f"replies-{worker.ep_rank}",
+                daemon=True,
+            ).start()
+
+    def begin(self, header: StepHeader) -> None:
+        """Announce a step on every link. Raises WorkerLost."""
+        self._check_open()
+        if header.term != self._term:
+            raise MessageError(f"a step of term {header.term} cannot use links of term {self._term}")
+        self._step = header
+        tokens = wire.size_class(header.num_tokens)
+        self._round_rows = max(self._capacity_rows(tokens), 1)
+        self._capacity = self._bytes_of_class(tokens)
+        for worker in self._workers:
+            worker.times = [0.0, 0.0, 0.0]
+            message = self._header(worker, wire.STEP, -1, 0, header.num_tokens)
+            message.capacity_bytes, message.micro_batches = self._capacity, header.micro_batches
+            self._send(worker, message, (), "begin")
+
+    def dispatch(
+        self, layer_id: int, micro_batch: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
+    ) -> Dispatched:
+        """Send hidden_states [T, D] to the experts topk_ids [T, K]; weights [T, K]. Raises WorkerLost."""
+        self._check_open()
+        if self._step is None:
+            raise MessageError("dispatch was called before begin: announce the step first")
+        start_ns = time.monotonic_ns()
+        num_tokens = hidden_states.shape[0]
+        flight = _InFlight(layer_id, micro_batch, num_tokens, None, topk_weights, hidden_states)
+        if self._step.ep_level == ALL_GATHER:
+            for worker in self._workers:
+                header = self._header(worker, wire.ROWS, layer_id, micro_batch, num_tokens)
+                reply_bytes = wire.HEADER_BYTES + num_tokens * self._shape.hidden_size * 8
+                self._request(worker, _Request(flight, header, 0, num_tokens, start_ns), reply_bytes)
+                self._send(worker, header, (topk_ids, topk_weights, hidden_states), "dispatch")
+        else:
+            sorted_rows = sort_rows(topk_ids, self._tables[layer_id])
+            flight.sorted_rows = sorted_rows
+            rows = hidden_states[sorted_rows.token_of]
+            flight.output = torch.empty_like(rows)
+            for worker in self._workers:
+                self._dispatch_rows(worker, flight, sorted_rows, rows)
+        self._record("dispatch", start_ns, "router", layer_id)
+        return flight
+
+    def combine(self, dispatched: Dispatched) -> Tensor:
+        """Wait for the experts and return their weighted sum, [T, D] float32. Raises WorkerLost."""
+        self._check_open()
+        if not isinstance(dispatched, _InFlight):
+            raise LinkError("these rows were dispatched by another exchange: combine them there")
+        start_ns = time.monotonic_ns()
+        while dispatched.missing:
+            self._take_arrival()
+        self._record("wait", start_ns, "router", dispatched.layer_id)
+        start_ns = time.monotonic_ns()
+        if dispatched.sorted_rows is not None:
+            total = weighted_sum(
+                dispatched.output, dispatched.sorted_rows.position_of, dispatched.topk_weights
+            )
+        else:
+            total = torch.zeros(dispatched.num_tokens, self._shape.hidden_size, dtype=torch.float64)
+            for ep_rank in sorted(dispatched.partials):
+                total += dispatched.partials[ep_rank]
+        combined = total.float()
+        self._record("combine", start_ns, "router", dispatched.layer_id)
+        return combined
+
+    def last_step_times(self) -> list[list[float]]:
+        """Per ep_rank, seconds of the last step: [receive, compute, reply]."""
+        return [list(worker.times) for worker in self._workers]
+
+    def close(self) -> None:
+        """Drop every link; a living worker is told, a dead one costs no time."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        for worker in self._workers:
+            worker.receives.put(None)
+            header = wire.Header(wire.GOODBYE, self._term, self._epoch, worker.incarnation, 0)
+            threading.Thread(target=say_goodbye, args=(worker.link, header), daemon=True).start()
+            pending, worker.sends = list(worker.sends), []
+            release(list(pending))
+
+    @property
+    def _epoch(self) -> int:
+        return self._step.epoch if self._step is not None else 0
+
+    def _dispatch_rows(
+        self, worker: _Worker, flight: _InFlight, sorted_rows: SortedRows, rows: Tensor
+    ) -> None:
+        first, end = sorted_rows.span(worker.ep_rank)
+        num_local = self._tables[flight.layer_id].num_local[worker.ep_rank]
+        running = sorted_rows.counts[worker.ep_rank, :num_local].cumsum(0)
+        rounds = -(-(end - first) // self._round_rows)
+        for index in range(rounds):
+            low = index * self._round_rows
+            high = min(low + self._round_rows, end - first)
+            counts = running.clamp(low, high).diff(prepend=torch.tensor([low]))
+            header = self._header(worker, wire.ROWS, flight.layer_id, flight.micro_batch, flight.num_tokens)
+            header.round, header.rounds = index, rounds
+            header.num_rows, header.num_experts = high - low, num_local
+            row_bytes = self._shape.hidden_size * self._shape.dtype.itemsize
+            request = _Request(flight, header, first + low, high - low, time.monotonic_ns())
+            self._request(worker, request, wire.HEADER_BYTES + (high - low) * row_bytes)
+            self._send(worker, header, (counts, rows[first + low : first + high]), "dispatch")
+
+    def _bytes_of_class(self, tokens: int) -> int:
+        top_k, size = self._shape.num_experts_per_tok, self._shape.dtype.itemsize
+        if self._step is not None and self._step.ep_level == ALL_GATHER:
+            return wire.HEADER_BYTES + tokens * (top_k * 12 + self._shape.hidden_size * size)
+        most_local = max((table.most_local for table in self._tables.values()), default=0)
+        most_rows = min(self._round_rows, tokens * top_k)
+        return wire.HEADER_BYTES + 8 * most_local + most_rows * self._shape.hidden_size * size
+
+    def _header(
+        self, worker: _Worker, kind: int, layer_id: int, micro_batch: int, num_tokens: int
+    ) -> wire.Header:
+        step = self._step
+        if step is None:
+            raise MessageError("a message was built before begin: announce the step first")
+        header = wire.Header(kind, step.term, step.epoch, worker.incarnation, step.step_id)
+        header.layer_id, header.micro_batch = layer_id, micro_batch
+        header.ep_level, header.num_tokens = step.ep_level, num_tokens
+        return header
+
+    def _request(self, worker: _Worker, request: _Request, reply_bytes: int) -> None:
+        # A goodbye may come instead of a reply, and fits: every buffer holds at least a header.
+        buffer = torch.empty(reply_bytes, dtype=torch.uint8)
+        try:
+            worker.receives.put(worker.link.post_recv(buffer))
+        except LinkError as error:
+            raise self._lost(worker, "dispatch", str(error), request.header) from error
+        if not worker.requests:
+            worker.waiting_since_ns = time.monotonic_ns()
+        header = request.header
+        worker.requests[header.layer_id, header.micro_batch, header.round] = request
+        request.owner.missing += 1
+        self._extend(worker)
+
+    def _send(self, worker: _Worker, header: wire.Header, arrays: tuple[Tensor, ...], phase: str) -> None:
+        try:
+            buffer = torch.empty(min(wire.total_bytes(*arrays), self._capacity), dtype=torch.uint8)
+            worker.sends.append(worker.link.post_send(wire.pack(buffer, header, *arrays)))
+            if len(worker.sends) > MOST_UNWAITED_SENDS and not worker.requests:
+                worker.sends.pop(0).wait(CEILING_S)
+        except LinkError as error:
+            raise self._lost(worker, phase, str(error), header) from error
+
+    def _take_arrival(self) -> None:
+        waiting = [worker for worker in self._workers if worker.requests]
+        next_worker = min(waiting, key=lambda worker: worker.deadline_ns)
+        left_s = (next_worker.deadline_ns - time.monotonic_ns()) / 1e9
+        try:
+            ep_rank, content, arrived_ns = self._arrivals.get(timeout=max(left_s, 0.0))
+        except Empty:
+            self._expire(next_worker)
+            return
+        worker = self._workers[ep_rank]
+        if isinstance(content, LinkError):
+            raise self._lost(worker, "combine", str(content)) from content
+        try:
+            self._accept(worker, content, arrived_ns)
+        except (MessageError, LinkError) as error:
+            raise self._lost(worker, "combine", str(error)) from error
+
+    def _accept(self, worker: _Worker, buffer: Tensor, arrived_ns: int) -> None:
+        header = wire.unpack_header(buffer)
+        request = worker.requests.pop((header.layer_id, header.micro_batch, header.round), None)
+        if header.kind != wire.REPLY or request is None:
+            raise MessageError(f"no reply was expected that looks like {header}")
+        sent = request.header
+        found = (header.term, header.epoch, header.incarnation, header.step_id)
+        if found != (sent.term, sent.epoch, sent.incarnation, sent.step_id):
+            raise MessageError(f"a reply of (term, epoch, incarnation, step) {found} came late")
+        shape = (request.num_rows, self._shape.hidden_size)
+        flight = request.owner
+        if flight.sorted_rows is None:
+            flight.partials[worker.ep_rank] = wire.unpack(buffer, header, (shape, torch.float64))[0]
+        else:
+            rows = wire.unpack(buffer, header, (shape, self._shape.dtype))[0]
+            flight.output[request.begin : request.begin + request.num_rows] = rows
+        flight.missing -= 1
+        self._learn(worker, request, header, arrived_ns)
+
+    def _learn(self, worker: _Worker, request: _Request, header: wire.Header, arrived_ns: int) -> None:
+        seconds = (arrived_ns - max(request.posted_ns, worker.waiting_since_ns)) / 1e9
+        per_row = max(seconds, 0.0) / max(request.num_rows, 1)
+        worker.seconds_per_row += (EWMA if worker.seconds_per_row else 1.0) * (
+            per_row - worker.seconds_per_row
+        )
+        at_worker_ns = header.compute_end_ns - header.received_ns
+        worker.times[0] += (header.compute_start_ns - header.received_ns) / 1e9
+        worker.times[1] += (header.compute_end_ns - header.compute_start_ns) / 1e9
+        worker.times[2] += max(arrived_ns - request.posted_ns - at_worker_ns, 0) / 1e9
+        if self._timeline is not None:
+            self._timeline.add(
+                "experts",
+                header.compute_start_ns,
+                header.compute_end_ns,
+                worker.name,
+                layer_id=header.layer_id,
+                rows=request.num_rows,
+            )
+        worker.waiting_since_ns, worker.progress = arrived_ns, None
+        if worker.requests:
+            self._extend(worker)
+        else:  # everything that was sent has been answered, so these waits return at once
+            sends, worker.sends = worker.sends, []
+            for send in sends:
+                send.wait(CEILING_S)
+
+    def _extend(self, worker: _Worker) -> None:
+        rows = sum(request.num_rows for request in worker.requests.values())
+        budget_s = min(max(self._floor_s, SLACK * worker.seconds_per_row * rows), CEILING_S)
+        worker.deadline_ns = time.monotonic_ns() + int(budget_s * 1e9)
+
+    def _expire(self, worker: _Worker) -> None:
+        waited_s = (time.monotonic_ns() - worker.waiting_since_ns) / 1e9
+        if self._ask_progress is None or waited_s > CEILING_S:
+            raise self._lost(worker, "combine", "no answer within the deadline")
+        before = worker.progress
+        if before is None:
+            before = self._ask_progress(worker.ep_rank)
+            time.sleep(PROBE_S)
+        worker.progress = self._ask_progress(worker.ep_rank) if before is not None else None
+        if not self._arrivals.empty():
+            return  # something came while we asked: look at it first
+        if worker.progress is None or worker.progress == before:
+            raise self._lost(worker, "combine", "no answer within the deadline and no progress")
+        self._extend(worker)
+
+    def _lost(self, worker: _Worker, phase: str, cause: str, header: wire.Header | None = None) -> WorkerLost:
+        requests = list(worker.requests.values())
+        about = header or (requests[0].header if requests else None)
+        layer_id = about.layer_id if about is not None else -1
+        num_bytes = sum(request.header.num_bytes for request in requests)
+        waited_s = (time.monotonic_ns() - worker.waiting_since_ns) / 1e9 if requests else 0.0
+        self.close()
+        return WorkerLost(worker.ep_rank, worker.name, layer_id, phase, num_bytes, waited_s, cause)
+
+    def _record(self, name: str, start_ns: int, track: str, layer_id: int) -> None:
+        if self._timeline is not None:
+            self._timeline.add(name, start_ns, time.monotonic_ns(), track, layer_id=layer_id)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise LinkError("the exchange is closed: connect the next epoch")
+
+
+def _receive_all(
+    ep_rank: int, receives: SimpleQueue[PendingTransfer | None], arrivals: SimpleQueue[Arrival]
+) -> None:
+    while (transfer := receives.get()) is not None:
+        try:
+            transfer.wait()
+        except LinkError as error:
+            arrivals.put((ep_rank, error, time.monotonic_ns()))
+            return
+        arrivals.put((ep_rank, transfer.buffer, time.monotonic_ns()))

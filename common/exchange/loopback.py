@@ -1,0 +1,74 @@
+"""Both ends of the exchange in one process: one-process serving and unit tests.
+
+Shapes: T tokens, K experts per token, R rows, D hidden_size, E_local experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from common.errors import LinkError
+from common.exchange import Dispatched, StepHeader
+from common.exchange.routing import RowShape, SortedRows, layer_table, sort_rows, weighted_sum
+
+
+@dataclass(slots=True)
+class _Waiting(Dispatched):
+    """Rows whose experts run in `combine`."""
+
+    hidden_states: Tensor
+    sorted_rows: SortedRows
+    topk_weights: Tensor
+
+
+class LoopbackExchange:
+    """A RouterExchange that runs all experts itself, when their sum is asked for."""
+
+    def __init__(
+        self,
+        compute: Callable[[int, Tensor, Tensor], Tensor],
+        experts: Mapping[int, tuple[int, ...]],
+        shape: RowShape,
+    ) -> None:
+        """Use `compute(layer_id, rows [R, D], tokens_per_expert [E_local]) -> [R, D]`."""
+        self._compute = compute
+        self._tables = {layer_id: layer_table([own]) for layer_id, own in experts.items()}
+        self._num_local = {layer_id: len(own) for layer_id, own in experts.items()}
+        self._shape = shape
+        self._is_closed = False
+
+    def begin(self, header: StepHeader) -> None:
+        """Nothing to announce."""
+        self._check_open()
+
+    def dispatch(
+        self, layer_id: int, micro_batch: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
+    ) -> Dispatched:
+        """Sort the rows: hidden_states [T, D], topk_ids and topk_weights [T, K]."""
+        self._check_open()
+        sorted_rows = sort_rows(topk_ids, self._tables[layer_id])
+        return _Waiting(
+            layer_id, micro_batch, hidden_states.shape[0], hidden_states, sorted_rows, topk_weights
+        )
+
+    def combine(self, dispatched: Dispatched) -> Tensor:
+        """Run the experts and return their weighted sum, [T, D] float32."""
+        self._check_open()
+        if not isinstance(dispatched, _Waiting):
+            raise LinkError("these rows were dispatched by another exchange: combine them there")
+        sorted_rows = dispatched.sorted_rows
+        rows = dispatched.hidden_states[sorted_rows.token_of]
+        counts = sorted_rows.counts[0, : self._num_local[dispatched.layer_id]]
+        output = self._compute(dispatched.layer_id, rows, counts)
+        return weighted_sum(output, sorted_rows.position_of, dispatched.topk_weights).float()
+
+    def close(self) -> None:
+        """Refuse further steps."""
+        self._is_closed = True
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise LinkError("the exchange is closed: connect the next epoch")

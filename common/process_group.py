@@ -1,0 +1,184 @@
+"""Two-rank Gloo groups between a router and an expert worker, and the store they are agreed on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch._C import _distributed_c10d as dist
+
+from common.errors import LinkError
+
+IDLE = timedelta(days=20)
+"""An idle receiver waits without a deadline; Gloo wants a number."""
+
+_devices: dict[str, Any] = {}
+_devices_lock = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class StoreServer:
+    """A store that listens on one address only. Keep the object: dropping it ends the server."""
+
+    host: str
+    port: int
+    store: dist.TCPStore
+
+
+class PendingTransfer:
+    """A send or receive under way; keeps its buffer and its group alive until it was waited for."""
+
+    def __init__(self, work: Any, buffer: Tensor, group: Any) -> None:
+        self.buffer = buffer
+        self._work = work
+        self._group = group
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Wait for the end; None waits without a deadline. An expired wait kills the pair.
+
+        Raises:
+            LinkError: the peer is gone, or the time passed.
+        """
+        try:
+            self._work.wait(IDLE if timeout_s is None else timedelta(seconds=max(timeout_s, 0.001)))
+        except RuntimeError as error:
+            raise LinkError(f"the link failed: {_first_line(error)}") from error
+
+
+class PairLink:
+    """One connected pair: `post_send` and `post_recv` in order, from any thread."""
+
+    def __init__(self, group: Any, rank: int, device: Any) -> None:
+        self._group: Any = group
+        self._device = device
+        self._peer = 1 - rank
+
+    def post_send(self, buffer: Tensor) -> PendingTransfer:
+        """Begin to send a flat uint8 CPU tensor; it must not change until the transfer was waited for."""
+        group = self._open_group()
+        try:
+            return PendingTransfer(group.send([buffer], self._peer, 0), buffer, group)
+        except RuntimeError as error:
+            raise LinkError(f"the link failed: {_first_line(error)}") from error
+
+    def post_recv(self, buffer: Tensor) -> PendingTransfer:
+        """Begin to receive into a flat uint8 CPU tensor at least as large as the message."""
+        group = self._open_group()
+        try:
+            return PendingTransfer(group.recv([buffer], self._peer, 0), buffer, group)
+        except RuntimeError as error:
+            raise LinkError(f"the link failed: {_first_line(error)}") from error
+
+    def send(self, buffer: Tensor, timeout_s: float) -> None:
+        """Send and wait until Gloo has taken the bytes. Raises LinkError."""
+        self.post_send(buffer).wait(timeout_s)
+
+    def recv(self, buffer: Tensor, timeout_s: float | None) -> None:
+        """Receive one message; None waits without a deadline. Raises LinkError."""
+        self.post_recv(buffer).wait(timeout_s)
+
+    def close(self) -> None:
+        """Drop the group from a thread of its own: dropping one with a pending operation may block."""
+        group, self._group = self._group, None
+        if group is not None:
+            release([group])
+
+    def _open_group(self) -> Any:
+        group = self._group
+        if group is None:
+            raise LinkError("the link is closed: join a new one")
+        return group
+
+
+def release(owned: list[Any]) -> None:
+    """Drop the last references in `owned` from a reaper thread, which may block there."""
+    threading.Thread(target=owned.clear, name="link-reaper", daemon=True).start()
+
+
+def open_store(host: str) -> StoreServer:
+    """Open a store on a free port of `host` and of no other address. Raises LinkError."""
+    try:
+        family = socket.getaddrinfo(host, None)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.bind((host, 0))
+        listener.listen(128)
+        port = int(listener.getsockname()[1])
+        descriptor = listener.detach()  # the store owns it from here on
+        store = dist.TCPStore(
+            host, port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor, use_libuv=True
+        )
+    except (OSError, RuntimeError) as error:
+        raise LinkError(
+            f"no store can be opened on {host}: {_first_line(error)}; check data_address"
+        ) from error
+    return StoreServer(host, port, store)
+
+
+def join_pair(host: str, port: int, prefix: str, rank: int, timeout_s: float, data_address: str) -> PairLink:
+    """Join the two-rank group `prefix`; rank 0 is the router and deletes the keys once both are up.
+
+    Raises:
+        LinkError: the store or the peer was not there within timeout_s.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+        scoped = dist.PrefixStore(prefix, store)
+        device = _device(data_address)
+        gloo: Any = dist.ProcessGroupGloo
+        options = gloo._Options()
+        options._devices = [device]
+        options._threads = 1
+        options._timeout = timeout
+        group = gloo(scoped, rank, 2, options)
+        if rank == 1:
+            scoped.set("worker_is_up", "1")
+        else:
+            scoped.wait(["worker_is_up"], timeout)
+            _delete_keys(store, prefix)
+        group._set_default_timeout(IDLE)
+    except (OSError, RuntimeError) as error:
+        raise LinkError(
+            f"link {prefix} over {host}:{port} was not made within {timeout_s:.1f} s: {_first_line(error)}"
+        ) from error
+    _calm_loop_threads()
+    return PairLink(group, rank, device)
+
+
+def _device(data_address: str) -> Any:
+    with _devices_lock:
+        if data_address not in _devices:
+            _devices[data_address] = dist.ProcessGroupGloo.create_device(hostname=data_address)
+        return _devices[data_address]
+
+
+def _delete_keys(store: dist.TCPStore, prefix: str) -> None:
+    for key in store.list_keys():
+        if key.startswith(f"{prefix}/"):
+            store.delete_key(key)
+
+
+def _calm_loop_threads() -> None:
+    # On a shared core Gloo's loop thread preempts the thread it serves and costs a scheduler tick (4 ms).
+    if not hasattr(os, "SCHED_BATCH"):
+        return
+    with contextlib.suppress(OSError):
+        for task in Path("/proc/self/task").iterdir():
+            _calm(task)
+
+
+def _calm(task: Path) -> None:
+    with contextlib.suppress(OSError):
+        if (task / "comm").read_text().strip() == "gloo_tcp_loop":
+            os.sched_setscheduler(int(task.name), os.SCHED_BATCH, os.sched_param(0))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,36 @@
+"""The routed experts of one layer that this worker holds.
+
+Shapes: R rows, E_local local experts, D hidden_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from expert_worker.kernels import ExpertKernels, PackedExperts
+
+
+class LayerExperts:
+    """Weights of some experts of a layer, and the arithmetic on them. Keeps nothing of the rows it saw."""
+
+    def __init__(self, expert_ids: Sequence[int], packed: PackedExperts, kernels: ExpertKernels) -> None:
+        self.expert_ids = tuple(expert_ids)
+        self._packed = packed
+        self._kernels = kernels
+
+    @property
+    def num_local_experts(self) -> int:
+        """Experts of the layer held here."""
+        return len(self.expert_ids)
+
+    def forward(
+        self,
+        rows: Tensor,
+        tokens_per_expert: Tensor,
+        on_progress: Callable[[], None] | None = None,
+        row_scales: Tensor | None = None,
+    ) -> Tensor:  # [R, D] -> [R, D]
+        """Run rows, sorted by local expert, through their experts; call `on_progress` after each of them."""
+        return self._kernels.experts(rows, row_scales, tokens_per_expert, self._packed, on_progress)

@@ -1,0 +1,217 @@
+"""The engine: one step after another, for all running sequences. The only thread that touches tensors.
+
+A step is a transaction: until it settles, nothing of it is visible to a client.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.errors import RequestError, WorkerLost
+from common.exchange import RouterExchange, StepHeader
+from router.batch import Batch, build_batch
+from router.messages import Lost, Rejected, Stats, Submit, Tokens
+from router.model.latent_cache import LatentCache
+from router.plan import Plan
+from router.sampler import Draw, sample
+from router.scheduler import Scheduler, Settled
+from router.sequence import Sampling, Sequence
+
+logger = logging.getLogger(__name__)
+
+STATS_INTERVAL_S = 0.1
+"""Shortest time between two Stats while steps run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """The expert workers of an epoch, as the engine sees them.
+
+    Attributes:
+        step_times: per ep_rank [receive_s, compute_s, reply_s] of the last step.
+    """
+
+    epoch: int
+    exchange: RouterExchange
+    step_times: Callable[[], list[list[float]]]
+
+
+class Engine:
+    """Runs steps over the sequences of a scheduler. Everything it has to say goes to `send`."""
+
+    def __init__(
+        self,
+        model: Callable[[Batch, LatentCache, RouterExchange], Tensor],
+        cache: LatentCache,
+        scheduler: Scheduler,
+        *,
+        vocab_size: int,
+        device: torch.device,
+        term: int,
+        ep_level: int,
+        send: Callable[[object], None],
+    ) -> None:
+        self._model = model
+        self._cache = cache
+        self._scheduler = scheduler
+        self._vocab_size = vocab_size
+        self._device = device
+        self._term = term
+        self._ep_level = ep_level
+        self._send = send
+        self._membership: Membership | None = None
+        self._epoch = 0
+        self._step_id = 0
+        self._stats_at = 0.0
+        self._is_reported = False
+
+    @property
+    def epoch(self) -> int:
+        """The epoch in force, or the last one that was."""
+        return self._epoch
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would compute anything."""
+        return self._membership is not None and self._scheduler.has_work
+
+    def adopt(self, membership: Membership) -> None:
+        """Take the next step with these expert workers; its header commits their epoch."""
+        previous, self._membership = self._membership, membership
+        self._epoch = membership.epoch
+        self._is_reported = False
+        if previous is not None:
+            previous.exchange.close()
+
+    def submit(self, message: Submit) -> None:
+        """Queue a request; one that cannot run is answered at once."""
+        self._is_reported = False
+        if self._membership is None:
+            text = "no expert workers are connected: try again when the fleet is ready"
+            self._send(Lost(self._epoch, -1, text, [message.request_id]))
+            return
+        try:
+            self._scheduler.submit(self._sequence(message))
+        except RequestError as error:
+            self._send(Rejected(message.request_id, str(error)))
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request and free its blocks."""
+        if self._scheduler.abort(request_id):
+            self._is_reported = False
+
+    def disconnect(self, epoch: int, reason: str) -> None:
+        """Give up the epoch in force; any other is ignored."""
+        if self._membership is not None and self._membership.epoch == epoch:
+            self._lose(-1, reason)
+
+    def close(self) -> None:
+        """Drop the links to the expert workers."""
+        if self._membership is not None:
+            self._membership.exchange.close()
+            self._membership = None
+
+    def step(self) -> None:
+        """Compute one token of every sequence that decodes, and parts of prompts."""
+        membership = self._membership
+        if membership is None or not self._scheduler.has_work:
+            return
+        plan = self._scheduler.schedule()
+        try:
+            logits = self._compute(plan, membership)
+        except WorkerLost as lost:
+            logger.warning("step %d of epoch %d failed: %s", self._step_id, membership.epoch, lost)
+            self._lose(lost.ep_rank, str(lost))
+            return
+        draws = sample(logits, plan.sampled)
+        # A row without an answer still takes its place; the sequence ends before anybody sees the token.
+        settled = self._scheduler.settle(plan, [0 if draw is None else draw.token_id for draw in draws])
+        self._report_tokens(settled, draws)
+        self._is_reported = False
+        if time.monotonic() - self._stats_at >= STATS_INTERVAL_S:
+            self.report()
+
+    def report(self) -> None:
+        """Send Stats, unless nothing happened since the last."""
+        if self._is_reported:
+            return
+        self._is_reported = True
+        self._stats_at = time.monotonic()
+        self._send(
+            Stats(
+                num_running=self._scheduler.num_running,
+                num_waiting=self._scheduler.num_waiting,
+                kv_blocks_used=self._scheduler.num_blocks_used,
+                num_steps=self._step_id,
+                epoch=self._epoch if self._membership is not None else 0,
+                workers=self._membership.step_times() if self._membership is not None else [],
+            )
+        )
+
+    def _compute(self, plan: Plan, membership: Membership) -> Tensor:
+        """Logits [B, V] of the sequences of the plan that sample."""
+        self._step_id += 1
+        batch = build_batch(plan, self._scheduler.limits.block_size, self._device)
+        header = StepHeader(self._term, membership.epoch, self._step_id, self._ep_level, plan.num_tokens)
+        membership.exchange.begin(header)
+        return self._model(batch, self._cache, membership.exchange)
+
+    def _report_tokens(self, settled: list[Settled], draws: list[Draw | None]) -> None:
+        events = []
+        for token, draw in zip(settled, draws, strict=True):
+            if draw is None:
+                self._reject_unanswerable(token.sequence)
+                continue
+            event: dict[str, object] = {
+                "id": token.sequence.request_id,
+                "token": token.token_id,
+                "fin": token.finish_reason,
+            }
+            if draw.logprob is not None:
+                event["logprob"] = draw.logprob
+                event["top"] = [list(alternative) for alternative in draw.top]
+            events.append(event)
+        if events:
+            self._send(Tokens(events))
+
+    def _reject_unanswerable(self, sequence: Sequence) -> None:
+        position = len(sequence.tokens) - 1
+        self._scheduler.abort(sequence.request_id)
+        logger.error("logits of request %s at position %d are not finite", sequence.request_id, position)
+        self._send(
+            Rejected(
+                sequence.request_id,
+                f"the model's logits at position {position} are not finite, so that no token can be drawn: "
+                "check the checkpoint and its dtype",
+            )
+        )
+
+    def _lose(self, ep_rank: int, reason: str) -> None:
+        """End the epoch and every request; weights and cache stay for the next."""
+        self.close()
+        self._is_reported = False
+        self._send(Lost(self._epoch, ep_rank, reason, self._scheduler.drop()))
+
+    def _sequence(self, message: Submit) -> Sequence:
+        for token_id in message.prompt:
+            if not 0 <= token_id < self._vocab_size:
+                raise RequestError(
+                    "prompt",
+                    f"token id {token_id} is not in the vocabulary: it must be below {self._vocab_size}",
+                )
+        return Sequence(
+            request_id=message.request_id,
+            tokens=list(message.prompt),
+            num_prompt_tokens=len(message.prompt),
+            max_tokens=message.max_tokens,
+            sampling=Sampling(
+                message.temperature, message.top_k, message.top_p, message.seed, message.logprobs
+            ),
+            stop_token_ids=frozenset(message.stop_token_ids),
+        )

@@ -1,0 +1,308 @@
+"""The router's front: its servers, its engine and its fleet, put together. No torch in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from common.config import Config, check_experts, fleet_token
+from common.errors import ConfigError, NotReady, StreamLost
+from common.grpc_server import RunningServer, start_server
+from common.interceptors import FleetTokenInterceptor
+from common.model_config import ModelConfig
+from common.placement import contiguous
+from protos import admin_pb2_grpc, fleet_pb2_grpc, generation_pb2_grpc
+from protos import generation_pb2 as pb
+from router.front.admin_service import AdminService
+from router.front.engine_link import ENGINE_MODULE, EngineLink
+from router.front.epochs import EpochFacts, Epochs
+from router.front.fleet import Fleet
+from router.front.fleet_service import FleetService
+from router.front.generation_service import GenerationService
+from router.front.heartbeats import Heartbeats
+from router.front.journal import End, Journal
+from router.front.sampling_params import Limits
+from router.front.service_state import ServiceState
+from router.front.status import status_of
+from router.messages import (
+    AskProgress,
+    Configure,
+    Linked,
+    LinkFailed,
+    Loaded,
+    Loading,
+    Lost,
+    Progress,
+    Rejected,
+    Stats,
+    Tokens,
+)
+from router.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+GENERATION = "expertmesh.v1.GenerationService"
+ADMIN = "expertmesh.v1.AdminService"
+FLEET = "expertmesh.v1.FleetService"
+READINESS = "readiness"
+STOP_GRACE_S = 1.0
+ENGINE_GRACE_S = 5.0
+
+
+class Front:
+    """One router, from its first line of output to its last."""
+
+    def __init__(self, config: Config, engine_module: str = ENGINE_MODULE) -> None:
+        if config.model_path is None:
+            raise ConfigError(
+                "no checkpoint is configured: set ModelDeployConfig.ModelConfig[0].modelWeightPath"
+            )
+        self.config = config
+        self.model_path = str(Path(config.model_path).resolve())
+        self.model = ModelConfig.from_directory(Path(config.model_path))
+        check_experts(config, self.model.n_routed_experts)
+        self.dtype = _dtype(config, self.model)
+        self.eos_token_ids = tuple(self.model.eos_token_ids(Path(config.model_path)))
+        self.tokenizer = Tokenizer.from_directory(Path(config.model_path), self.model.vocab_size)
+        # Grows with every start, so that workers can tell an old router from a new one.
+        self.term = time.time_ns() // 1_000_000
+        self.state = ServiceState(needs_epoch=not config.experts_in_process)
+        self.state.on_ready_change = self._ready_changed
+        self.journal = Journal(config.max_queued_requests)
+        self.engine = EngineLink(self._configure(), self._from_engine, self._engine_ended, engine_module)
+        self.fleet = Fleet()
+        self.heartbeats: Heartbeats | None = None
+        self.epochs: Epochs | None = None
+        self._token = "" if config.experts_in_process else fleet_token(config)
+        self._servers: dict[str, RunningServer] = {}
+        self._background: set[asyncio.Task[None]] = set()
+        self._has_said_ready = False
+
+    async def listen(self) -> str:
+        """Open all ports; return the line that says where.
+
+        Raises:
+            ConfigError: an address cannot be bound.
+        """
+        config = self.config
+        generation = GenerationService(
+            self.journal, self.state, self.tokenizer, self._limits, self._describe, self.engine.send
+        )
+        admin = AdminService(config, self.state, self._snapshot)
+        self._servers["grpc"] = await start_server(
+            config.host,
+            config.port,
+            lambda server: generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, server),
+            (GENERATION, READINESS),
+        )
+        self._servers["admin"] = await start_server(
+            config.management_host,
+            config.management_port,
+            lambda server: admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server),
+            (ADMIN, READINESS),
+        )
+        if not config.experts_in_process:
+            self._servers["fleet"] = await self._listen_for_workers()
+        return "listening " + self._addresses()
+
+    async def run(self) -> None:
+        """Keep the engine running and prepare epochs, until cancelled or the engine cannot be started.
+
+        Raises:
+            ExpertMeshError: the engine could not load.
+        """
+        work = [asyncio.create_task(self.engine.run())]
+        if self.epochs is not None:
+            work.append(asyncio.create_task(self.epochs.run()))
+        try:
+            done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in work[1:]:
+                task.cancel()
+            await self._end_engine(work[0])
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new requests and let running ones finish, for at most `timeout_s`."""
+        self.state.drain()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.journal.wait_empty()
+        except TimeoutError:
+            logger.warning("%d requests had not finished after %.1f s", len(self.journal), timeout_s)
+
+    async def close(self) -> None:
+        """End what is still running, and close all ports."""
+        error = StreamLost("the router is shutting down", "DRAINING")
+        self.journal.finish_all(End(error=error))
+        await asyncio.gather(*(server.stop(STOP_GRACE_S) for server in self._servers.values()))
+        if self.heartbeats is not None:
+            await self.heartbeats.stop()
+
+    async def _end_engine(self, work: asyncio.Task[None]) -> None:
+        await self.engine.stop(ENGINE_GRACE_S)
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
+
+    async def _listen_for_workers(self) -> RunningServer:
+        config, model = self.config, self.model
+        self.heartbeats = Heartbeats(self.fleet, self.term, self._token, self.state.announce)
+        facts = EpochFacts(
+            term=self.term,
+            world_size=config.world_size,
+            model_path=self.model_path,
+            dtype=self.dtype,
+            placement=contiguous(model.n_routed_experts, config.world_size, model.moe_layer_ids),
+        )
+        self.epochs = Epochs(facts, self.fleet, self.state, self.heartbeats.agent_of, self.engine.send)
+        self.heartbeats.epochs = self.epochs
+        service = FleetService(self.term, self.fleet, self.heartbeats, self.epochs, self.state)
+        return await start_server(
+            config.fleet_host,
+            config.fleet_port,
+            lambda server: fleet_pb2_grpc.add_FleetServiceServicer_to_server(service, server),
+            (FLEET,),
+            [FleetTokenInterceptor(self._token)],
+        )
+
+    def _from_engine(self, message: Any) -> None:
+        match message:
+            case Tokens():
+                self.journal.take(message.events)
+            case Stats():
+                self.state.engine_stats(message)
+            case Loading():
+                self.state.engine_loading(message)
+            case Loaded():
+                self.state.engine_loaded(message)
+                if self.epochs is not None:
+                    self.epochs.wake()
+            case Rejected():
+                error = NotReady(message.message, "REJECTED")
+                self.journal.finish([message.request_id], End(error=error))
+            case Lost():
+                self._engine_lost(message)
+            case _:
+                self._about_links(message)
+
+    def _about_links(self, message: Any) -> None:
+        if self.epochs is None:
+            return
+        match message:
+            case Linked():
+                self.epochs.linked(message)
+            case LinkFailed():
+                self.epochs.link_failed(message)
+            case AskProgress():
+                self._spawn(self._answer_progress(message))
+
+    def _engine_lost(self, message: Lost) -> None:
+        self.journal.finish(message.request_ids, End(error=StreamLost(message.message)))
+        if self.epochs is None or self.heartbeats is None or message.ep_rank < 0:
+            return
+        logger.warning("epoch %d: %s", message.epoch, message.message)
+        if self.state.is_linked and message.epoch == self.state.epoch:
+            self.heartbeats.lost_by_engine(message.ep_rank, message.message)
+        self.epochs.engine_lost_epoch(message.epoch, message.message)
+
+    async def _answer_progress(self, message: AskProgress) -> None:
+        if self.heartbeats is not None:
+            progress = await self.heartbeats.progress_of(message.ep_rank)
+            self.engine.send(Progress(message.ask_id, progress))
+
+    def _engine_ended(self, why: str) -> None:
+        self.state.engine_ended()
+        if self.epochs is not None:
+            self.epochs.engine_ended()
+        error = StreamLost(f"{why}; it is being started again", "ENGINE_LOST")
+        self.journal.finish_all(End(error=error))
+
+    def _ready_changed(self, is_ready: bool) -> None:
+        self._spawn(self._set_serving())
+        if is_ready and not self._has_said_ready and self._servers:
+            self._has_said_ready = True
+            line = " ".join(f"{name}={self._servers[name].address}" for name in ("grpc", "admin"))
+            sys.stdout.write(f"ready {line}\n")
+            sys.stdout.flush()
+
+    async def _set_serving(self) -> None:
+        for server in self._servers.values():
+            await server.set_serving(self.state.is_ready)
+
+    def _spawn(self, work: Any) -> None:
+        task: asyncio.Task[None] = asyncio.ensure_future(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    def _addresses(self) -> str:
+        return " ".join(f"{name}={server.address}" for name, server in self._servers.items())
+
+    def _configure(self) -> Configure:
+        config = self.config
+        return Configure(
+            model_path=self.model_path,
+            dtype=self.dtype,
+            device=config.device,
+            threads=config.threads,
+            kv_cache_bytes=config.kv_cache_bytes,
+            block_size=config.block_size,
+            max_seq_len=config.max_seq_len,
+            max_batch_size=config.max_batch_size,
+            max_prefill_tokens=config.max_prefill_tokens,
+            ep_level=config.ep_level,
+            term=self.term,
+            data_address=config.data_address,
+            experts_in_process=config.experts_in_process,
+            deadline_floor_s=config.deadline_floor_s,
+        )
+
+    def _limits(self) -> Limits:
+        if self.state.loaded is None:
+            raise NotReady("the router is loading its weights")
+        max_seq_len = self.state.loaded.max_seq_len
+        longest_prompt = max_seq_len - 1
+        return Limits(
+            vocab_size=self.model.vocab_size,
+            max_seq_len=max_seq_len,
+            max_prompt_len=min(self.config.max_input_token_len or longest_prompt, longest_prompt),
+            max_new_tokens=self.config.max_iter_times,
+            truncation=self.config.truncation,
+            eos_token_ids=self.eos_token_ids,
+        )
+
+    def _describe(self) -> pb.GetModelInfoResponse:
+        limits = self._limits() if self.state.loaded is not None else None
+        model = self.model
+        return pb.GetModelInfoResponse(
+            model_name=self.config.model_name,
+            model_type=model.model_type,
+            model_path=str(self.config.model_path),
+            dtype=self.dtype,
+            vocab_size=model.vocab_size,
+            max_seq_len=limits.max_seq_len if limits else self.config.max_seq_len or 0,
+            max_input_token_len=limits.max_prompt_len if limits else self.config.max_input_token_len or 0,
+            eos_token_ids=self.eos_token_ids,
+            bos_token_id=self.tokenizer.bos_token_id,
+            n_routed_experts=model.n_routed_experts,
+            num_experts_per_tok=model.num_experts_per_tok,
+        )
+
+    def _snapshot(self) -> Any:
+        return status_of(self.config, self.term, self.state, self.fleet, self.journal)
+
+
+def _dtype(config: Config, model: ModelConfig) -> str:
+    """The dtype of weights and arithmetic: what was configured, else what the checkpoint says."""
+    if config.dtype != "auto":
+        return config.dtype
+    if model.dtype_name not in ("float32", "bfloat16"):
+        raise ConfigError(
+            f"ExpertMesh.dtype is auto and the checkpoint says {model.dtype_name}, but only float32 "
+            "and bfloat16 are computed with: set ExpertMesh.dtype to one of them"
+        )
+    return model.dtype_name

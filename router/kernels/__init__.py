@@ -1,0 +1,97 @@
+"""The operations the router needs from its device. A device is a module that has them all.
+
+Shapes: T tokens, S keys of a sequence, N tokens on the decode path, H heads, C kv_lora_rank,
+R qk_rope_head_dim.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Protocol, cast
+
+from torch import Tensor
+
+from common.device import find_device
+from common.errors import ConfigError
+
+
+class RouterKernels(Protocol):
+    """What a module in this package must define. No result depends on other rows of the same call."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Multiply rows: [T, in], [out, in], [out] -> [T, out], in the dtype of x, which is the weight's."""
+
+    def per_head_linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Multiply rows by their head's weight, maybe a view: [T, H, in], [H, out, in] -> [T, H, out]."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Normalise rows in float32, round, apply the weight: [T, D], [D] -> [T, D]."""
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Return silu(gate) * up, rounded once: 2 x [T, F] -> [T, F]."""
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Turn neighbouring pairs by their angle: [T, H, R], 2 x [T, R/2] float32 -> [T, H, R]."""
+
+    def store_latents(self, cache: Tensor, slot_mapping: Tensor, kv_c: Tensor, k_pe: Tensor) -> None:
+        """Write rows to their slots: [blocks, block_size, C + R], [T] int64, [T, C], [T, R]."""
+
+    def gather_latents(self, cache: Tensor, block_table: Tensor, length: int) -> Tensor:
+        """Read the first `length` rows of a sequence: [blocks, block_size, C + R], [n] -> [length, C + R]."""
+
+    def prefill_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, start: int, scale: float, tile: int
+    ) -> Tensor:
+        """Attend within one sequence: query i stands at position start + i and sees keys 0 ... start + i.
+
+        Args:
+            q: [T, H, Dq].
+            k: [S, H, Dq], at least start + T keys.
+            v: [S, H, Dv].
+            start: position of the first query.
+            scale: what scores are multiplied with.
+            tile: tokens of a KV block.
+
+        Returns:
+            [T, H, Dv] in the dtype of q; scores, softmax and sums are float32.
+        """
+
+    def decode_attention(
+        self,
+        q_latent: Tensor,
+        q_pe: Tensor,
+        cache: Tensor,
+        block_tables: Tensor,
+        context_lens: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """Attend to cached latents, each query to a sequence of its own.
+
+        Args:
+            q_latent: [N, H, C].
+            q_pe: [N, H, R].
+            cache: [blocks, block_size, C + R]; slots of no token may hold anything.
+            block_tables: [N, most blocks of any query] int64, padded with any valid block.
+            context_lens: [N] int64, keys each query sees, at least 1.
+            scale: what scores are multiplied with.
+
+        Returns:
+            [N, H, C] in the dtype of q_latent; scores, softmax and sums are float32.
+        """
+
+
+def load_kernels(device: str) -> RouterKernels:
+    """Import the module of `device` and nothing else, so vendor packages stay optional.
+
+    Raises:
+        ConfigError: there is no such device, or no kernels for it.
+    """
+    module = f"{__name__}.{find_device(device).name}"
+    try:
+        return cast(RouterKernels, import_module(module))
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise ConfigError(
+            f"device {device!r} has no router kernels ({module} is missing): choose device 'cpu'"
+        ) from error

@@ -1,0 +1,74 @@
+"""The router's operations in plain PyTorch: runs everywhere, and is the oracle for every other device.
+
+Shapes: T tokens, S keys of a sequence, N tokens on the decode path, H heads, C kv_lora_rank,
+R qk_rope_head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [T, in], [out, in], [out] -> [T, out]
+    """Multiply every row by the weight."""
+    return F.linear(x, weight, bias)
+
+
+def per_head_linear(x: Tensor, weight: Tensor) -> Tensor:  # [T, H, in], [H, out, in] -> [T, H, out]
+    """Multiply the rows of every head by that head's weight."""
+    return torch.einsum("thi,hoi->tho", x, weight)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # [T, D], [D] -> [T, D]
+    """Scale every row to unit root mean square in float32, round, then apply the weight."""
+    wide = x.float()
+    variance = wide.pow(2).mean(dim=-1, keepdim=True)
+    return weight * (wide * torch.rsqrt(variance + eps)).to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:  # 2 x [T, F] -> [T, F]
+    """Return silu(gate) * up, computed in float32 and rounded once."""
+    return (F.silu(gate.float()) * up.float()).to(gate.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # [T, H, R], 2 x [T, R/2] -> [T, H, R]
+    """Turn each pair of neighbours by its angle; DeepSeek checkpoints keep the halves interleaved."""
+    even, odd = x[..., 0::2].float(), x[..., 1::2].float()
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+def store_latents(cache: Tensor, slot_mapping: Tensor, kv_c: Tensor, k_pe: Tensor) -> None:
+    """Write row i to slot slot_mapping[i] of the cache."""
+    cache.view(-1, cache.shape[-1])[slot_mapping] = torch.cat([kv_c, k_pe], dim=-1).to(cache.dtype)
+
+
+def gather_latents(cache: Tensor, block_table: Tensor, length: int) -> Tensor:  # -> [length, C + R]
+    """Read the first `length` rows of a sequence."""
+    return cache[block_table].flatten(0, 1)[:length]
+
+
+def prefill_attention(
+    q: Tensor, k: Tensor, v: Tensor, start: int, scale: float, tile: int
+) -> Tensor:  # [T, H, Dq], [S, H, Dq], [S, H, Dv] -> [T, H, Dv]
+    """Attend within one sequence, all scores at once."""
+    scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * scale
+    positions = start + torch.arange(q.shape[0], device=q.device)
+    is_hidden = torch.arange(k.shape[0], device=q.device) > positions.unsqueeze(1)  # [T, S]
+    weights = scores.masked_fill(is_hidden, float("-inf")).softmax(dim=-1)
+    return torch.einsum("hqk,khd->qhd", weights, v.float()).to(q.dtype)
+
+
+def decode_attention(  # -> [N, H, C]
+    q_latent: Tensor, q_pe: Tensor, cache: Tensor, block_tables: Tensor, context_lens: Tensor, scale: float
+) -> Tensor:
+    """Attend to cached latents, one query after the other."""
+    output = torch.empty_like(q_latent)
+    for row, length in enumerate(context_lens.tolist()):
+        latents = gather_latents(cache, block_tables[row], length).float()  # [S, C + R]
+        query = torch.cat([q_latent[row], q_pe[row]], dim=-1).float()  # [H, C + R]
+        weights = (query @ latents.T * scale).softmax(dim=-1)  # [H, S]
+        output[row] = weights @ latents[:, : q_latent.shape[-1]]
+    return output

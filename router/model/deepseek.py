@@ -1,0 +1,395 @@
+"""DeepSeek-V2 and V3 as the router sees them: everything but the routed experts. Read it from top to bottom.
+
+Parameter paths are the checkpoint's own names. A row gets the same bits whatever stands beside it.
+Shapes: T tokens, B sequences that sample, K experts per token, E experts, G groups of experts, D hidden_size,
+H heads, C kv_lora_rank, R qk_rope_head_dim, S tokens of a sequence, N tokens that decode, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.exchange import RouterExchange
+from common.model_config import ModelConfig
+from common.rows import row_sum, softmax
+from router.batch import Batch, PrefillSpan
+from router.kernels import RouterKernels
+from router.model.latent_cache import LatentCache
+from router.model.linear import Linear
+from router.model.rope import RotaryTable, softmax_scale
+
+LATENT_NORM_EPS = 1e-6
+"""DeepSeek's code gives the norms inside attention this value, whatever rms_norm_eps says."""
+
+
+# -------------------------------------------------------------------------------- which experts, and how much
+
+
+def sigmoid(logits: Tensor) -> Tensor:  # [T, E] -> [T, E]
+    """Score every expert for itself."""
+    # Not torch.sigmoid: on a CPU it rounds the last elements of a tensor in another way than the others.
+    return 1 / (1 + torch.exp(-logits))
+
+
+def greedy(scores: Tensor, bias: Tensor | None, config: ModelConfig) -> Tensor:  # [T, E] -> [T, K]
+    """Take the best experts, wherever they are."""
+    return scores.topk(config.num_experts_per_tok, dim=-1).indices
+
+
+def group_limited_greedy(
+    scores: Tensor, bias: Tensor | None, config: ModelConfig
+) -> Tensor:  # [T, E] -> [T, K]
+    """Take the best experts of the groups whose single best expert is best."""
+    groups = scores.unflatten(-1, (config.num_groups, -1))  # [T, G, E/G]
+    return _topk_within_groups(scores, groups.amax(dim=-1), config)
+
+
+def noaux_tc(scores: Tensor, bias: Tensor | None, config: ModelConfig) -> Tensor:  # [T, E] -> [T, K]
+    """Take the best experts after a learned correction, of the groups whose two best experts sum highest."""
+    # The bias steers which experts are chosen, never how much they weigh.
+    choice = scores if bias is None else scores + bias
+    groups = choice.unflatten(-1, (config.num_groups, -1))  # [T, G, E/G]
+    best_two = groups.topk(min(2, groups.shape[-1]), dim=-1).values
+    group_scores = best_two[..., 0] + best_two[..., 1] if best_two.shape[-1] == 2 else best_two[..., 0]
+    return _topk_within_groups(choice, group_scores, config)
+
+
+def _topk_within_groups(choice: Tensor, group_scores: Tensor, config: ModelConfig) -> Tensor:
+    kept = group_scores.topk(config.num_kept_groups, dim=-1).indices  # [T, kept groups]
+    is_kept = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(-1, kept, True)  # [T, G]
+    is_allowed = is_kept.repeat_interleave(config.n_routed_experts // config.num_groups, dim=-1)  # [T, E]
+    # Not 0: a corrected score may be negative, and an expert of another group must still lose against it.
+    return choice.masked_fill(~is_allowed, float("-inf")).topk(config.num_experts_per_tok, dim=-1).indices
+
+
+SCORE_EXPERTS: dict[str, Callable[[Tensor], Tensor]] = {"softmax": softmax, "sigmoid": sigmoid}
+
+SELECT_EXPERTS: dict[str, Callable[[Tensor, Tensor | None, ModelConfig], Tensor]] = {
+    "greedy": greedy,
+    "group_limited_greedy": group_limited_greedy,
+    "noaux_tc": noaux_tc,
+}
+
+
+def weigh_v2(chosen: Tensor, config: ModelConfig) -> Tensor:  # [T, K] -> [T, K]
+    """Weigh experts as DeepSeek-V2's code does: norm_topk_prob takes the place of the scaling factor."""
+    if config.norm_topk_prob and config.num_experts_per_tok > 1:
+        return _normalized(chosen)
+    return chosen * config.routed_scaling_factor
+
+
+def weigh_v3(chosen: Tensor, config: ModelConfig) -> Tensor:  # [T, K] -> [T, K]
+    """Weigh experts as DeepSeek-V3's code does: norm_topk_prob comes before the scaling factor."""
+    weights = _normalized(chosen) if config.norm_topk_prob else chosen
+    return weights * config.routed_scaling_factor
+
+
+def _normalized(chosen: Tensor) -> Tensor:
+    return chosen / (row_sum(chosen) + 1e-20)
+
+
+WEIGH_EXPERTS: dict[str, Callable[[Tensor, ModelConfig], Tensor]] = {"v2": weigh_v2, "v3": weigh_v3}
+
+
+class Gate(nn.Module):
+    """Chooses K of E experts for every token. Float32 throughout, whatever the model's dtype."""
+
+    weight: Tensor
+    e_score_correction_bias: Tensor | None
+
+    def __init__(self, config: ModelConfig, kernels: RouterKernels) -> None:
+        super().__init__()
+        self.config = config
+        self.kernels = kernels
+        shape = (config.n_routed_experts, config.hidden_size)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32), requires_grad=False)
+        bias = None
+        if config.topk_method == "noaux_tc":
+            bias = nn.Parameter(
+                torch.empty(config.n_routed_experts, dtype=torch.float32), requires_grad=False
+            )
+        self.register_parameter("e_score_correction_bias", bias)
+        self.score = SCORE_EXPERTS[config.scoring_func]
+        self.select = SELECT_EXPERTS[config.topk_method]
+        self.weigh = WEIGH_EXPERTS[config.family]
+
+    def forward(
+        self, hidden_states: Tensor
+    ) -> tuple[Tensor, Tensor]:  # [T, D] -> [T, K] int64, [T, K] float32
+        """Return the chosen experts and the weight of each."""
+        scores = self.score(self.kernels.linear(hidden_states.float(), self.weight, None))  # [T, E]
+        topk_ids = self.select(scores, self.e_score_correction_bias, self.config)
+        topk_weights = self.weigh(scores.gather(-1, topk_ids), self.config)
+        return topk_ids, topk_weights
+
+
+# -------------------------------------------------------------------------------------------- after attention
+
+
+class MLP(nn.Module):
+    """SwiGLU: the dense layers and the shared experts."""
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, kernels: RouterKernels, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.gate_proj = Linear(hidden_size, intermediate_size, kernels, dtype)
+        self.up_proj = Linear(hidden_size, intermediate_size, kernels, dtype)
+        self.down_proj = Linear(intermediate_size, hidden_size, kernels, dtype)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # [T, D] -> [T, D]
+        """Transform every token for itself."""
+        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        return self.down_proj(self.kernels.swiglu(gate, up))
+
+
+class NoExperts(nn.Module):
+    """Stands where a model has no shared experts."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # [T, D] -> [T, D]
+        """Add nothing."""
+        return torch.zeros_like(hidden_states)
+
+
+class MoE(nn.Module):
+    """Routed experts, which are elsewhere, and shared ones, which are here."""
+
+    def __init__(
+        self, config: ModelConfig, layer_id: int, kernels: RouterKernels, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.layer_id = layer_id
+        self.gate = Gate(config, kernels)
+        num_shared = config.n_shared_experts or 0
+        shared_size = config.moe_intermediate_size * num_shared
+        self.shared_experts = (
+            MLP(config.hidden_size, shared_size, kernels, dtype) if num_shared else NoExperts()
+        )
+
+    def forward(self, hidden_states: Tensor, exchange: RouterExchange) -> Tensor:  # [T, D] -> [T, D]
+        """Send the rows away, compute the shared experts meanwhile, add what comes home."""
+        topk_ids, topk_weights = self.gate(hidden_states)
+        dispatched = exchange.dispatch(self.layer_id, 0, hidden_states, topk_ids, topk_weights)
+        shared = self.shared_experts(hidden_states)  # computed while the rows are away
+        routed = exchange.combine(dispatched)  # float32: rows come home, weighted and summed
+        # One rounding to the model's dtype, after the sum: the same bits however many workers took part.
+        return (shared.float() + routed).to(hidden_states.dtype)
+
+
+# -------------------------------------------------------------------------------------------------- attention
+
+
+class RMSNorm(nn.Module):
+    """Scales a row to unit root mean square, then by a weight."""
+
+    def __init__(self, size: int, eps: float, kernels: RouterKernels, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps = eps
+        self.kernels = kernels
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # [T, size] -> [T, size]
+        """Normalize every row for itself."""
+        return self.kernels.rms_norm(x, self.weight, self.eps)
+
+
+class MLA(nn.Module):
+    """Multi-head latent attention: a token's keys and values are one latent, kv_c, and one rotated key, k_pe.
+
+    A prompt token expands the latents of its sequence to keys and values (plain). A generated token instead
+    moves its query into the latent space and its result out of it (absorbed), which reads each cached latent
+    once for all heads.
+    """
+
+    def __init__(
+        self, config: ModelConfig, layer_id: int, kernels: RouterKernels, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.layer_id = layer_id
+        self.kernels = kernels
+        self.num_heads = config.num_attention_heads
+        self.kv_lora_rank = config.kv_lora_rank
+        self.qk_nope_head_dim = config.qk_nope_head_dim
+        self.qk_rope_head_dim = config.qk_rope_head_dim
+        self.v_head_dim = config.v_head_dim
+        self.scale = softmax_scale(config)
+
+        hidden_size, has_bias = config.hidden_size, config.attention_bias
+        q_size = self.num_heads * config.qk_head_dim
+        self.has_q_lora = config.q_lora_rank is not None
+        if config.q_lora_rank is None:
+            self.q_proj = Linear(hidden_size, q_size, kernels, dtype)
+        else:
+            self.q_a_proj = Linear(hidden_size, config.q_lora_rank, kernels, dtype, has_bias)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS, kernels, dtype)
+            self.q_b_proj = Linear(config.q_lora_rank, q_size, kernels, dtype)
+        latent_size = self.kv_lora_rank + self.qk_rope_head_dim
+        self.kv_a_proj_with_mqa = Linear(hidden_size, latent_size, kernels, dtype, has_bias)
+        self.kv_a_layernorm = RMSNorm(self.kv_lora_rank, LATENT_NORM_EPS, kernels, dtype)
+        kv_size = self.num_heads * (self.qk_nope_head_dim + self.v_head_dim)
+        self.kv_b_proj = Linear(self.kv_lora_rank, kv_size, kernels, dtype)
+        self.o_proj = Linear(self.num_heads * self.v_head_dim, hidden_size, kernels, dtype, has_bias)
+
+    def forward(
+        self, hidden_states: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: LatentCache
+    ) -> Tensor:  # [T, D], 2 x [T, R/2] -> [T, D]
+        """Store the latents of all rows, then let every row attend to its own sequence."""
+        q_nope, q_pe = self._queries(hidden_states, cos, sin)
+        kv_c, k_pe = self._latents(hidden_states, cos, sin)
+        blocks = cache.layer(self.layer_id)
+        self.kernels.store_latents(blocks, batch.slot_mapping, kv_c, k_pe)
+
+        output = torch.empty(
+            len(hidden_states),
+            self.num_heads,
+            self.v_head_dim,
+            dtype=hidden_states.dtype,
+            device=hidden_states.device,
+        )
+        for span in batch.prefills:
+            rows = slice(span.first_row, span.first_row + span.num_tokens)
+            output[rows] = self._attend_plain(q_nope[rows], q_pe[rows], span, blocks)
+        if len(batch.decode_rows):
+            decoding = batch.decode_rows
+            output[decoding] = self._attend_absorbed(q_nope[decoding], q_pe[decoding], batch, blocks)
+        return self.o_proj(output.flatten(1))
+
+    def _queries(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Project to queries without position, [T, H, nope], and with, [T, H, R]."""
+        if self.has_q_lora:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        else:
+            q = self.q_proj(hidden_states)
+        q = q.unflatten(-1, (self.num_heads, -1))
+        q_nope, q_pe = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        return q_nope, self.kernels.rotate(q_pe, cos, sin)
+
+    def _latents(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Project to what the cache keeps: kv_c [T, C] after its norm and k_pe [T, R] rotated."""
+        latents = self.kv_a_proj_with_mqa(hidden_states)
+        kv_c, k_pe = latents.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        return self.kv_a_layernorm(kv_c), self.kernels.rotate(k_pe.unsqueeze(1), cos, sin).squeeze(1)
+
+    def _attend_plain(self, q_nope: Tensor, q_pe: Tensor, span: PrefillSpan, blocks: Tensor) -> Tensor:
+        """Attend with keys and values expanded from the latents; they live no longer than this call."""
+        latents = self.kernels.gather_latents(blocks, span.block_table, span.end)  # [S, C + R]
+        kv_c, k_pe = latents.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        kv = self.kv_b_proj(kv_c).unflatten(-1, (self.num_heads, -1))  # [S, H, nope + v]
+        k_nope, v = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        k = torch.cat([k_nope, k_pe.unsqueeze(1).expand(-1, self.num_heads, -1)], dim=-1)
+        q = torch.cat([q_nope, q_pe], dim=-1)
+        tile = blocks.shape[1]
+        return self.kernels.prefill_attention(q, k, v, span.start, self.scale, tile)
+
+    def _attend_absorbed(self, q_nope: Tensor, q_pe: Tensor, batch: Batch, blocks: Tensor) -> Tensor:
+        """Attend in the latent space: kv_b_proj's key half goes to queries, its value half to results."""
+        weight = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))  # [H, nope + v, C]
+        w_k, w_v = weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+        q_latent = self.kernels.per_head_linear(q_nope, w_k.transpose(1, 2))  # [N, H, C]
+        attended = self.kernels.decode_attention(
+            q_latent, q_pe, blocks, batch.block_tables, batch.context_lens, self.scale
+        )  # [N, H, C]
+        return self.kernels.per_head_linear(attended, w_v)  # [N, H, v]
+
+
+# -------------------------------------------------------------------------------------------- the whole model
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then experts or a dense MLP, each added to the residual."""
+
+    def __init__(
+        self, config: ModelConfig, layer_id: int, kernels: RouterKernels, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.has_experts = layer_id in config.moe_layer_ids
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels, dtype)
+        self.self_attn = MLA(config, layer_id, kernels, dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels, dtype)
+        self.mlp = (
+            MoE(config, layer_id, kernels, dtype)
+            if self.has_experts
+            else MLP(config.hidden_size, config.intermediate_size, kernels, dtype)
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        batch: Batch,
+        cache: LatentCache,
+        exchange: RouterExchange,
+    ) -> Tensor:  # [T, D] -> [T, D]
+        """Compute one layer for all rows of the step."""
+        attended = self.self_attn(self.input_layernorm(hidden_states), cos, sin, batch, cache)
+        hidden_states = hidden_states + attended
+        normed = self.post_attention_layernorm(hidden_states)
+        return hidden_states + (self.mlp(normed, exchange) if self.has_experts else self.mlp(normed))
+
+
+class Embedding(nn.Module):
+    """The vector of every token id."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size, dtype=dtype), requires_grad=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:  # [T] -> [T, D]
+        """Look the ids up."""
+        return F.embedding(input_ids, self.weight)
+
+
+class DeepseekModel(nn.Module):
+    """Embedding, layers, final norm."""
+
+    def __init__(self, config: ModelConfig, kernels: RouterKernels, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer_id, kernels, dtype) for layer_id in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels, dtype)
+        self.rotary = RotaryTable(config)
+
+    def forward(self, batch: Batch, cache: LatentCache, exchange: RouterExchange) -> Tensor:  # -> [B, D]
+        """Compute all rows; return those whose logits are wanted, normalized."""
+        hidden_states = self.embed_tokens(batch.input_ids)
+        cos, sin = self.rotary.lookup(batch.positions, batch.num_positions)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, cos, sin, batch, cache, exchange)
+        return self.norm(hidden_states[batch.logits_rows])
+
+
+class DeepseekForCausalLM(nn.Module):
+    """The model and its vocabulary."""
+
+    def __init__(
+        self, config: ModelConfig, kernels: RouterKernels, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.kernels = kernels
+        self.dtype = dtype
+        self.model = DeepseekModel(config, kernels, dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, kernels, dtype)
+
+    @torch.inference_mode()
+    def forward(
+        self, batch: Batch, cache: LatentCache, exchange: RouterExchange
+    ) -> Tensor:  # -> [B, V] float32
+        """Run one step; the exchange is an argument because each epoch brings another.
+
+        Raises:
+            WorkerLost: an expert worker did not answer. The step may run again: it writes the same rows.
+        """
+        hidden_states = self.model(batch, cache, exchange)
+        if self.config.tie_word_embeddings:
+            return self.kernels.linear(hidden_states, self.model.embed_tokens.weight, None).float()
+        return self.lm_head(hidden_states).float()

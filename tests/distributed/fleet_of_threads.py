@@ -1,0 +1,128 @@
+"""A small fleet over real links: expert workers in threads, or in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from common import process_group
+from common.exchange import Received
+from common.exchange.links import LinksExpertExchange, LinksRouterExchange
+from common.exchange.routing import RowShape
+from common.placement import Placement
+from common.process_group import StoreServer
+from expert_worker import step_loop
+
+TERM, EPOCH, INCARNATION, JOIN_S = 3, 5, 7, 20.0
+
+
+def expert_output(rows: Tensor, expert: int) -> Tensor:
+    """What expert `expert` makes of rows [R, D]: exact per row, different for every expert."""
+    return (rows.float() * (1.0 + 0.37 * expert) + 0.01 * expert).to(rows.dtype)
+
+
+def compute(experts: tuple[int, ...], received_rows: Tensor, counts: Tensor) -> Tensor:
+    """Run each local expert over its rows."""
+    parts = received_rows.split(counts.tolist())
+    outputs = [expert_output(part, expert) for part, expert in zip(parts, experts, strict=True)]
+    return torch.cat(outputs) if outputs else received_rows
+
+
+def join_routers(
+    stores: list[StoreServer], rank: int, placement: Placement, shape: RowShape, delay_s: float
+) -> tuple[LinksExpertExchange, Callable[[Received], Tensor]]:
+    """Join every router as worker `rank`; return the exchange and what computes for it."""
+    exchange = LinksExpertExchange(lambda term, epoch, reason: None)
+    experts = placement.experts_of(rank)
+
+    def outputs(received: Received) -> Tensor:
+        time.sleep(delay_s)
+        return compute(experts[received.layer_id], received.rows, received.tokens_per_expert)
+
+    for number, store in enumerate(stores):
+        link = process_group.join_pair(store.host, store.port, f"w{rank}", 1, JOIN_S, "127.0.0.1")
+        exchange.add_router(TERM + number, EPOCH, INCARNATION, link, shape, experts)
+    return exchange, outputs
+
+
+def worker_process(spec_text: str) -> None:
+    """Serve as a worker process until killed; `spec_text` is JSON."""
+    spec = json.loads(spec_text)
+    torch.set_num_threads(1)
+    placement = Placement({int(layer): tuple(map(tuple, own)) for layer, own in spec["layers"].items()})
+    shape = RowShape(spec["hidden_size"], spec["top_k"], torch.float32)
+    stores = [StoreServer("127.0.0.1", port, None) for port in spec["ports"]]  # type: ignore[arg-type]
+    exchange, outputs = join_routers(stores, spec["rank"], placement, shape, spec["delay_s"])
+    step_loop.serve(exchange, outputs, lambda: False)
+
+
+def start_worker(
+    store: StoreServer, rank: int, placement: Placement, shape: RowShape, delay_s: float
+) -> subprocess.Popen[bytes]:
+    """Start a worker process that joins one router."""
+    spec = {
+        "ports": [store.port],
+        "rank": rank,
+        "layers": dict(placement.layers),
+        "delay_s": delay_s,
+        "hidden_size": shape.hidden_size,
+        "top_k": shape.num_experts_per_tok,
+    }
+    return subprocess.Popen([sys.executable, "-m", __name__, json.dumps(spec)])
+
+
+def join_workers(
+    store: StoreServer, placement: Placement, shape: RowShape, term: int = TERM, **options: object
+) -> LinksRouterExchange:
+    """Join every worker as a router."""
+    links = [
+        process_group.join_pair(store.host, store.port, f"w{rank}", 0, JOIN_S, "127.0.0.1")
+        for rank in range(placement.ep_size)
+    ]
+    names = [f"w{rank}" for rank in range(len(links))]
+    settings: dict[str, object] = {"floor_s": 5.0, "ask_progress": None, **options}
+    return LinksRouterExchange(links, names, placement, shape, term, [INCARNATION] * len(links), **settings)  # type: ignore[arg-type]
+
+
+class ThreadFleet:
+    """Routers and workers of one process, over real links."""
+
+    def __init__(self, routers: int, placement: Placement, shape: RowShape, **options: object) -> None:
+        self.stores = [process_group.open_store("127.0.0.1") for _ in range(routers)]
+        self.is_stopped = threading.Event()
+        self.experts: list[LinksExpertExchange] = []
+        self.threads = [
+            threading.Thread(target=self._serve, args=(rank, placement, shape), daemon=True)
+            for rank in range(placement.ep_size)
+        ]
+        for thread in self.threads:
+            thread.start()
+        self.routers = [
+            join_workers(store, placement, shape, TERM + i, **options) for i, store in enumerate(self.stores)
+        ]
+
+    def _serve(self, rank: int, placement: Placement, shape: RowShape) -> None:
+        exchange, outputs = join_routers(self.stores, rank, placement, shape, 0.0)
+        self.experts.append(exchange)
+        step_loop.serve(exchange, outputs, self.is_stopped.is_set)
+
+    def close(self) -> None:
+        """Stop everything."""
+        self.is_stopped.set()
+        for router in self.routers:
+            router.close()
+        for expert in self.experts:
+            expert.close()
+        for thread in self.threads:
+            thread.join(5)
+
+
+if __name__ == "__main__":
+    worker_process(sys.argv[1])

@@ -1,0 +1,175 @@
+"""Links and loopback against a naive loop, and what happens when a worker dies or stalls."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import time
+
+import pytest
+import torch
+from torch import Tensor
+
+from common import process_group
+from common.errors import LinkError, WorkerLost
+from common.exchange import RouterExchange, StepHeader
+from common.exchange.loopback import LoopbackExchange
+from common.exchange.routing import RowShape
+from common.placement import contiguous
+from common.timeline import Timeline
+from tests.distributed import fleet_of_threads as fleet
+
+pytestmark = pytest.mark.distributed
+E, K, D, LAYER = 9, 3, 16, 1
+TOKENS = (0, 1, 2, 17, 64)
+
+
+def inputs(num_tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(num_tokens)
+    hidden = torch.randn(num_tokens, D, generator=generator).to(dtype)
+    scores = torch.rand(num_tokens, E, generator=generator)
+    scores[:, 0] += 1.0  # expert 0 gets every token
+    scores[:, E - 1] -= 2.0  # the last expert gets none
+    weights, ids = scores.topk(K, dim=1)
+    return hidden, ids, weights
+
+
+def naive(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    total = torch.zeros(hidden.shape, dtype=torch.float64)
+    for token, slot in itertools.product(range(hidden.shape[0]), range(K)):
+        row = fleet.expert_output(hidden[token : token + 1], int(ids[token, slot]))[0]
+        total[token] += (row.float() * weights[token, slot]).double()
+    return total.float()
+
+
+def run_step(
+    exchange: RouterExchange,
+    step_id: int,
+    level: int,
+    given: tuple[Tensor, Tensor, Tensor],
+    term: int,
+    epoch: int = fleet.EPOCH,
+) -> Tensor:
+    exchange.begin(StepHeader(term, epoch, step_id, level, given[0].shape[0]))
+    return exchange.combine(exchange.dispatch(LAYER, 0, *given))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("workers", [1, 2, 3, 4])
+@pytest.mark.parametrize("routers", [1, 2])
+def test_links_give_the_bits_of_a_naive_loop_at_both_levels(
+    routers: int, workers: int, dtype: torch.dtype
+) -> None:
+    small = fleet.ThreadFleet(routers, contiguous(E, workers, [LAYER]), RowShape(D, K, dtype))
+    try:
+        for step_id, (level, num_tokens) in enumerate(itertools.product((1, 2, 1), TOKENS)):
+            for number, router in enumerate(small.routers):
+                given = inputs(num_tokens + number, dtype)
+                found = run_step(router, step_id, level, given, fleet.TERM + number)
+                assert torch.equal(found, naive(*given))
+    finally:
+        small.close()
+
+
+@pytest.mark.parametrize("num_tokens", TOKENS)
+def test_loopback_gives_the_bits_of_a_naive_loop(num_tokens: int) -> None:
+    experts = {LAYER: tuple(range(E))}
+    loopback = LoopbackExchange(
+        lambda layer, rows, counts: fleet.compute(experts[layer], rows, counts),
+        experts,
+        RowShape(D, K, torch.float32),
+    )
+    given = inputs(num_tokens, torch.float32)
+    assert torch.equal(run_step(loopback, 0, 2, given, 0), naive(*given))
+
+
+def test_rounds_change_no_bit() -> None:
+    small = fleet.ThreadFleet(
+        1, contiguous(E, 2, [LAYER]), RowShape(D, K, torch.float32), capacity_rows=lambda _: 5
+    )
+    try:
+        given = inputs(64, torch.float32)
+        assert torch.equal(run_step(small.routers[0], 0, 2, given, fleet.TERM), naive(*given))
+    finally:
+        small.close()
+
+
+@pytest.mark.parametrize("level", [1, 2])
+@pytest.mark.parametrize(("fault", "limit_s"), [(signal.SIGKILL, 0.3), (signal.SIGSTOP, 1.0)])
+def test_a_lost_worker_is_named_with_layer_and_phase(
+    fault: signal.Signals, limit_s: float, level: int
+) -> None:
+    placement, shape = contiguous(E, 2, [LAYER]), RowShape(D, K, torch.float32)
+    store = process_group.open_store("127.0.0.1")
+    children = [fleet.start_worker(store, rank, placement, shape, 0.05) for rank in range(2)]
+    try:
+        router = fleet.join_workers(store, placement, shape, floor_s=0.3, ask_progress=lambda rank: 1)
+        given = inputs(17, torch.float32)
+        assert torch.equal(run_step(router, 0, level, given, fleet.TERM), naive(*given))
+        router.begin(StepHeader(fleet.TERM, fleet.EPOCH, 1, level, 17))
+        flight = router.dispatch(LAYER, 0, *given)
+        os.kill(children[0].pid, fault)
+        start = time.monotonic()
+        with pytest.raises(WorkerLost) as lost:
+            router.combine(flight)
+        assert time.monotonic() - start < limit_s
+        assert (lost.value.worker, lost.value.layer_id, lost.value.phase) == ("w0", LAYER, "combine")
+        assert lost.value.num_bytes > 0
+        with pytest.raises(LinkError):
+            router.begin(StepHeader(fleet.TERM, fleet.EPOCH, 2, level, 17))
+    finally:
+        for child in children:
+            child.kill()
+            child.wait(5)
+
+
+def test_a_slow_worker_that_makes_progress_is_kept_and_shared_work_overlaps() -> None:
+    placement, shape = contiguous(E, 1, [LAYER]), RowShape(D, K, torch.float32)
+    store = process_group.open_store("127.0.0.1")
+    child = fleet.start_worker(store, 0, placement, shape, 0.4)
+    ticks = itertools.count()
+    timeline = Timeline()
+    try:
+        router = fleet.join_workers(
+            store, placement, shape, floor_s=0.05, ask_progress=lambda rank: next(ticks), timeline=timeline
+        )
+        given = inputs(2, torch.float32)
+        router.begin(StepHeader(fleet.TERM, fleet.EPOCH, 0, 2, 2))
+        flight = router.dispatch(LAYER, 0, *given)
+        start_ns = time.monotonic_ns()
+        time.sleep(0.1)
+        end_ns = time.monotonic_ns()
+        assert torch.equal(router.combine(flight), naive(*given))
+        experts = next(span for span in timeline.spans if span.name == "experts")
+        assert min(experts.end_ns, end_ns) - max(experts.start_ns, start_ns) > 50_000_000
+        router.close()
+    finally:
+        child.kill()
+        child.wait(5)
+
+
+def test_a_foreign_epoch_drops_that_router_alone() -> None:
+    small = fleet.ThreadFleet(2, contiguous(E, 2, [LAYER]), RowShape(D, K, torch.float32))
+    try:
+        given = inputs(17, torch.float32)
+        stranger, friend = small.routers
+        with pytest.raises(WorkerLost):
+            run_step(stranger, 0, 2, given, fleet.TERM, epoch=fleet.EPOCH + 1)
+        assert torch.equal(run_step(friend, 0, 2, given, fleet.TERM + 1), naive(*given))
+    finally:
+        small.close()
+
+
+def test_forget_ends_the_step_of_its_router_and_leaves_the_other() -> None:
+    small = fleet.ThreadFleet(2, contiguous(E, 1, [LAYER]), RowShape(D, K, torch.float32))
+    try:
+        given = inputs(17, torch.float32)
+        for number, router in enumerate(small.routers):
+            run_step(router, 0, 2, given, fleet.TERM + number)
+        small.experts[0].forget(fleet.TERM)
+        with pytest.raises(WorkerLost):
+            run_step(small.routers[0], 1, 2, given, fleet.TERM)
+        assert torch.equal(run_step(small.routers[1], 1, 2, given, fleet.TERM + 1), naive(*given))
+    finally:
+        small.close()

@@ -1,0 +1,25 @@
+"""Checkpoints and fleets that the end-to-end tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_checkpoint import write_checkpoint
+
+
+@pytest.fixture(scope="session")
+def v3_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random-weight checkpoint with DeepSeek-V3's architecture and the real tokenizer."""
+    directory = tmp_path_factory.mktemp("v3")
+    write_checkpoint(directory, family="v3")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def v2_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random-weight checkpoint with DeepSeek-V2's architecture and the real tokenizer."""
+    directory = tmp_path_factory.mktemp("v2")
+    write_checkpoint(directory, family="v2")
+    return directory

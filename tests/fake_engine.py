@@ -1,0 +1,120 @@
+"""An engine without a model: `python -m tests.fake_engine --channel-fd N` speaks router.messages and counts.
+
+Token i of an answer is (prompt[0] + i) % 100 + 10. A prompt that begins with 1 is answered slowly, 2 ends the
+process, 3 loses ep_rank 0, 4 is never answered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import queue
+import threading
+import time
+
+from common.channel import ChildChannel
+from router.messages import (
+    TO_ENGINE,
+    Abort,
+    Configure,
+    Connect,
+    Disconnect,
+    Linked,
+    Loaded,
+    Loading,
+    Lost,
+    Shutdown,
+    Stats,
+    Submit,
+    Tokens,
+)
+
+SLOW, DIES, LOSES, SILENT = 1, 2, 3, 4
+
+
+def token_at(prompt: list[int], index: int) -> int:
+    return (prompt[0] + index) % 100 + 10
+
+
+class FakeEngine:
+    def __init__(self, channel: ChildChannel) -> None:
+        self.channel = channel
+        self.inbox: queue.Queue[object] = queue.Queue()
+        self.running: dict[str, tuple[Submit, int]] = {}
+        self.epoch = 0
+
+    def serve(self) -> None:
+        threading.Thread(target=self.read, daemon=True).start()
+        while True:
+            try:
+                message = self.inbox.get(timeout=0.005 if self.running else None)
+            except queue.Empty:
+                message = None
+            if message is None:
+                self.step()
+            elif isinstance(message, Shutdown | str):
+                return
+            else:
+                self.take(message)
+
+    def read(self) -> None:
+        for message in self.channel:
+            self.inbox.put(message)
+        self.inbox.put("the parent is gone")
+
+    def take(self, message: object) -> None:
+        send = self.channel.send
+        match message:
+            case Configure():
+                send(Loading(1, 2))
+                max_seq_len = message.max_seq_len or 64
+                send(Loaded(2, 8, message.block_size, max_seq_len, "127.0.0.1", 1))
+            case Connect():
+                self.epoch = message.epoch
+                send(Linked(message.epoch))
+            case Disconnect():
+                self.lose(-1, message.reason)
+            case Submit():
+                if message.prompt[0] == DIES:
+                    os._exit(3)
+                self.running[message.request_id] = (message, 0)
+                if message.prompt[0] == LOSES:
+                    self.lose(0, "expert worker a was lost")
+            case Abort():
+                self.running.pop(message.request_id, None)
+                send(Stats(len(self.running), 0, 0, 0, self.epoch))
+
+    def lose(self, ep_rank: int, reason: str) -> None:
+        self.channel.send(Lost(self.epoch, ep_rank, reason, list(self.running)))
+        self.running.clear()
+
+    def step(self) -> None:
+        events: list[dict[str, object]] = []
+        for name, (submit, index) in list(self.running.items()):
+            if submit.prompt[0] == SILENT:
+                continue
+            if submit.prompt[0] == SLOW:
+                time.sleep(0.05)
+            token = token_at(submit.prompt, index)
+            end = "stop" if token in submit.stop_token_ids else None
+            end = end or ("length" if index + 1 >= submit.max_tokens else None)
+            event: dict[str, object] = {"id": name, "token": token, "fin": end}
+            if submit.logprobs is not None:
+                event |= {"logprob": -0.5, "top": [[token, -0.5], [0, -1.5]][: submit.logprobs]}
+            events.append(event)
+            if end:
+                del self.running[name]
+            else:
+                self.running[name] = (submit, index + 1)
+        if events:
+            self.channel.send(Tokens(events))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--channel-fd", type=int, required=True)
+    FakeEngine(ChildChannel(parser.parse_args().channel_fd, TO_ENGINE)).serve()
+
+
+if __name__ == "__main__":
+    main()
