@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from common.channel import by_name
+from common.channel import Fatal, Shutdown, by_name
 
 # ---------------------------------------------------------------- front -> engine
 
@@ -97,11 +97,6 @@ class Progress:
 
     ask_id: int
     progress: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Shutdown:
-    """End the process."""
 
 
 # ---------------------------------------------------------------- engine -> front
@@ -205,18 +200,6 @@ class Stats:
     num_steps: int
     epoch: int
     workers: list[list[float]] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Fatal:
-    """The last message before the engine exits: why it cannot go on.
-
-    Attributes:
-        kind: name of the class in common.errors.
-    """
-
-    kind: str
-    message: str
 
 
 TO_ENGINE = by_name(Configure, Connect, Disconnect, Submit, Abort, Progress, Shutdown)

@@ -127,7 +127,9 @@ def fleet_of(model: Path, *flags: str, **environment: str) -> Iterator[Fleet]:
         addresses = _await_ready(process, stderr)
         fleet = Fleet(process, addresses[0], addresses[1], stderr)
         yield fleet
-        family = set(psutil.Process(process.pid).children(recursive=True)) if process.poll() is None else set()
+        family = (
+            set(psutil.Process(process.pid).children(recursive=True)) if process.poll() is None else set()
+        )
     finally:
         _end(process)
         gone, alive = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
@@ -155,7 +157,9 @@ def _await_ready(process: subprocess.Popen[str], stderr: list[str]) -> tuple[str
     reader.start()
     reader.join(START_TIMEOUT_S)
     if not found:
-        raise AssertionError(f"`expertmesh up` did not get ready (exit {process.poll()}):\n{''.join(stderr[-80:])}")
+        raise AssertionError(
+            f"`expertmesh up` did not get ready (exit {process.poll()}):\n{''.join(stderr[-80:])}"
+        )
     return found[0]
 
 

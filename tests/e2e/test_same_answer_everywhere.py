@@ -16,7 +16,15 @@ PROMPTS = (
     "x",
 )
 GREEDY = {"temperature": 0.0, "max_tokens": 24, "ignore_eos": True, "logprobs": 2}
-SAMPLED = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "seed": 7, "max_tokens": 24, "ignore_eos": True, "logprobs": 0}
+SAMPLED = {
+    "temperature": 0.9,
+    "top_k": 40,
+    "top_p": 0.95,
+    "seed": 7,
+    "max_tokens": 24,
+    "ignore_eos": True,
+    "logprobs": 0,
+}
 
 
 def fingerprint(answer: Answer) -> tuple[object, ...]:

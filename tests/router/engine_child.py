@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.channel import decode, encode
-from router.messages import TO_FRONT, Configure, Fatal, Loaded, Lost, Rejected, Stats, Submit, Tokens
+from common.channel import Fatal, decode, encode
+from router.messages import TO_FRONT, Configure, Loaded, Lost, Rejected, Stats, Submit, Tokens
 
 START_TIMEOUT_S = 60.0
 ANSWER_TIMEOUT_S = 60.0

@@ -181,12 +181,14 @@ async def test_streams_end_unavailable_when_the_engine_dies_and_the_next_engine_
 async def test_an_engine_that_is_killed_is_started_again(tmp_path: Path) -> None:
     async with running_front(front_config(tmp_path, 0)) as running:
         await running.until_ready()
-        pid = running.front.engine.pid
-        assert pid is not None
-        os.kill(pid, signal.SIGKILL)
+        first = running.front.engine.child
+        assert first is not None
+        os.kill(first.pid, signal.SIGKILL)
         await running.until(lambda status: status.engine_state == "restarting")
         await running.until_ready()
-        assert running.front.engine.pid != pid
+        second = running.front.engine.child
+        assert second is not None
+        assert second.pid != first.pid
 
 
 async def test_draining_refuses_new_requests_and_lets_running_ones_finish(tmp_path: Path) -> None:
