@@ -48,7 +48,7 @@ def prefill_tokens_per_s(fleet: Fleet) -> float:
 
 
 def decode_tokens_per_s(fleet: Fleet, batch: int) -> float:
-    """Tokens of `batch` simultaneous answers over the time between the first token of the last and the end."""
+    """Tokens of `batch` simultaneous answers over the time from the first token to the last."""
 
     def one(index: int) -> tuple[float, float, int]:
         started = time.monotonic()

@@ -1,4 +1,4 @@
-"""A service's child: a plain subprocess at the other end of a channel, which its parent can look at and kill."""
+"""A service's child: a plain subprocess at the other end of a channel, which its parent can kill."""
 
 from __future__ import annotations
 

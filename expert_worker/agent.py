@@ -49,6 +49,8 @@ class Agent:
             self.executor.has_started,
             self.executor.forget,
         )
+        # Its own view of the checkpoint, if it has one: the router's path may not exist on this host.
+        self._model_path = Path(config.model_path).resolve() if config.model_path is not None else None
         self._server: RunningServer | None = None
         self._useless: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -58,13 +60,7 @@ class Agent:
         Raises:
             ConfigError: the address cannot be bound.
         """
-        model_path = self.config.model_path
-        service = ControlService(
-            self.executor,
-            self.registration,
-            Path(model_path).resolve() if model_path is not None else None,
-            self._be_useless,
-        )
+        service = ControlService(self.executor, self.registration, self._model_path, self._be_useless)
         self._server = await start_server(
             self.config.agent_host,
             self.config.agent_port,

@@ -138,6 +138,6 @@ class Registration:
     def _unreachable(self, request: pb.RegisterRequest, error: grpc.aio.AioRpcError) -> ControlError:
         return ControlError(
             f"expert worker {request.worker_id} could not register with the router at {self._router} within "
-            f"{self._timeout_s:g} s (registerTimeoutSeconds): {error.details()}; start the router, or correct "
-            "ExpertMesh.router"
+            f"{self._timeout_s:g} s (registerTimeoutSeconds): {error.details()}; start the router, or "
+            "correct ExpertMesh.router"
         )

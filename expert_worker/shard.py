@@ -1,4 +1,4 @@
-"""The routed experts that a worker has in memory, read one by one from the checkpoint: never more than it holds.
+"""The routed experts that a worker has in memory, read from the checkpoint one by one.
 
 Shapes: D hidden_size, F moe_intermediate_size.
 """

@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from common.channel import Shutdown
 from common.config import Config, check_experts, fleet_token
 from common.errors import ConfigError, NotReady, StreamLost
 from common.grpc_server import RunningServer, start_server
-from common.channel import Shutdown
 from common.interceptors import FleetTokenInterceptor
 from common.kept_child import KeptChild, Kind
 from common.model_config import ModelConfig

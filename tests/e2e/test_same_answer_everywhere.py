@@ -1,4 +1,4 @@
-"""The same tokens and the same bits, whatever the level, the number of workers, and the company in the batch."""
+"""The same tokens and the same bits, whatever the level, the number of workers and the batch."""
 
 from __future__ import annotations
 
