@@ -26,13 +26,13 @@ READY = re.compile(r"^ready grpc=(\S+) admin=(\S+)")
 
 @dataclass
 class Answer:
-    """What one Generate call streamed."""
+    """What one Generate call streamed. How it finished holds times, which are not compared."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top: list[list[tuple[int, float]]] = field(default_factory=list)
-    finished: generation_pb2.Finished = field(default_factory=generation_pb2.Finished)
+    finished: generation_pb2.Finished = field(default_factory=generation_pb2.Finished, compare=False)
 
 
 @dataclass
@@ -134,9 +134,13 @@ def fleet_of(model: Path, *flags: str, **environment: str) -> Iterator[Fleet]:
         )
     finally:
         _end(process)
+        collector.join(STOP_TIMEOUT_S)
         _, alive = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
         for one in alive:
             one.kill()
+        for pipe in (process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
     if alive:
         raise AssertionError(f"still alive after `expertmesh up` ended: {alive}")
 
