@@ -110,9 +110,7 @@ async def test_an_executor_gives_the_bits_of_one_process_before_and_after_a_chan
         await child.until(LinkClosed)
 
 
-async def test_a_prepare_that_fails_leaves_the_epoch_in_force_alone(
-    checkpoint: Path, tmp_path: Path
-) -> None:
+async def test_a_prepare_that_fails_leaves_the_epoch_in_force_alone(checkpoint: Path, tmp_path: Path) -> None:
     given = rows_of(3)
     store = process_group.open_store("127.0.0.1")
     async with executor() as child:

@@ -58,7 +58,9 @@ def test_only_what_is_missing_is_read_and_only_what_is_wanted_stays(checkpoint: 
     held = shard()
     told: list[tuple[int, int]] = []
     first = held.hold(source(checkpoint), {1: (0, 1)}, lambda *amounts: told.append(amounts))
-    assert told == [(0, 2 * BYTES_PER_EXPERT)] + [(n * BYTES_PER_EXPERT, 2 * BYTES_PER_EXPERT) for n in (1, 2)]
+    assert told == [(0, 2 * BYTES_PER_EXPERT)] + [
+        (n * BYTES_PER_EXPERT, 2 * BYTES_PER_EXPERT) for n in (1, 2)
+    ]
     told.clear()
     second = held.hold(source(checkpoint), {1: (1, 2)}, lambda *amounts: told.append(amounts))
     assert [loaded for loaded, _ in told] == [BYTES_PER_EXPERT, 2 * BYTES_PER_EXPERT]
