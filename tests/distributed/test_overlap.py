@@ -1,4 +1,4 @@
-"""The shared experts really run while the rows are away: spans of a real layer and of a real worker process."""
+"""The shared experts really run while the rows are away: spans of a real layer and a real worker."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ from tests.tiny_checkpoint import write_checkpoint
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.distributed]
 
-LAYER, NUM_TOKENS, NUM_STEPS = 1, 256, 20
+NUM_TOKENS, NUM_STEPS = 256, 20
+MOE = "model.layers.1.mlp"
 SHAPE: dict[str, Any] = {
     "vocab_size": 256,
     "hidden_size": 512,
@@ -74,9 +75,9 @@ async def test_shared_experts_compute_while_a_worker_computes_the_routed_ones(
     write_checkpoint(tmp_path / "model", family="v3", num_shards=1, **SHAPE)
     config = ModelConfig.from_directory(tmp_path / "model")
     placement = contiguous(config.n_routed_experts, 1, config.moe_layer_ids)
-    moe = load_model(tmp_path / "model", "float32", "cpu", lambda *_: None).model.layers[LAYER].mlp
+    moe = load_model(tmp_path / "model", "float32", "cpu", lambda *_: None).get_submodule(MOE)
     timeline = Timeline()
-    recorded(moe.shared_experts, timeline)
+    recorded(moe.get_submodule("shared_experts"), timeline)
     store = process_group.open_store("127.0.0.1")
     async with executor() as child:
         child.send(prepare(tmp_path / "model", placement, 0, store))

@@ -1,4 +1,4 @@
-"""A real executor: it loads, joins, computes, changes epochs under a running router, and ends with its agent."""
+"""A real executor: it loads, joins, computes, changes epochs under a router, and ends with its agent."""
 
 from __future__ import annotations
 
