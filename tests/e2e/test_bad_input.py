@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import grpc
 import psutil
@@ -182,7 +183,7 @@ def test_a_service_without_a_fleet_token_does_not_start(v3_model: Path, tmp_path
 
 @pytest.mark.e2e
 def test_bad_requests_are_refused_by_field_and_the_fleet_goes_on(v3_model: Path) -> None:
-    def refused(prompt: str | list[int], **sampling: object) -> str:
+    def refused(prompt: str | list[int], **sampling: Any) -> str:
         with pytest.raises(grpc.RpcError) as caught:
             generate(fleet, prompt, **{"max_tokens": 2, **sampling})
         assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT

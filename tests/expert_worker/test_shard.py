@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -110,7 +111,12 @@ def test_experts_the_checkpoint_does_not_have_are_refused(
 
 
 def test_a_worker_holds_its_share_and_nothing_of_the_rest(tmp_path: Path) -> None:
-    size = {"hidden_size": 512, "moe_intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 256}
+    size: dict[str, Any] = {
+        "hidden_size": 512,
+        "moe_intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "vocab_size": 256,
+    }
     write_checkpoint(tmp_path, family="v3", torch_dtype="float32", num_shards=1, **size)
     share = 3 * 512 * 256 * 4 * 4  # 4 of 16 experts, 6 MiB
     before = psutil.Process().memory_info().rss

@@ -143,7 +143,7 @@ async def test_abort_finishes_the_stream_as_aborted(tmp_path: Path) -> None:
         request.request_id = "mine"
         task = asyncio.create_task(answer(running, request))
         async with asyncio.timeout(5):
-            while len(running.front.journal) == 0:  # noqa: ASYNC110
+            while len(running.front.journal) == 0:
                 await asyncio.sleep(0.01)
         again = await refusal(running, request)
         assert detail_of(again, error_details_pb2.BadRequest).field_violations[0].field == "request_id"
@@ -196,7 +196,7 @@ async def test_draining_refuses_new_requests_and_lets_running_ones_finish(tmp_pa
         await running.until_ready()
         task = asyncio.create_task(answer(running, request_of([SLOW], max_tokens=6, ignore_eos=True)))
         async with asyncio.timeout(5):
-            while len(running.front.journal) == 0:  # noqa: ASYNC110
+            while len(running.front.journal) == 0:
                 await asyncio.sleep(0.01)
         draining = asyncio.create_task(running.front.drain(10))
         await running.until(lambda status: not status.ready)
