@@ -23,6 +23,7 @@ JSON paths to values: {"ServerConfig.port": 0, "ModelConfig.worldSize": 4, "Expe
 | fleet_host, fleet_port  | ExpertMesh.fleetAddress, .fleetPort      | data_address, 1028                   |
 | data_address            | ExpertMesh.dataAddress                   | 127.0.0.1                            |
 | device, dtype           | ExpertMesh.device, .dtype                | "cpu", "auto"                        |
+| micro_batches           | ExpertMesh.microBatches                  | 1: a step is not cut                 |
 | experts_in_process      | worldSize 0 or ExpertMesh.expertsInProcess| False; True: no expert workers       |
 | threads                 | ExpertMesh.threads                       | None: torch's default                |
 | register_timeout_s      | ExpertMesh.registerTimeoutSeconds        | 60.0                                 |
@@ -98,6 +99,7 @@ class Config(BaseModel):
     data_address: str
     device: str
     dtype: str
+    micro_batches: int
     experts_in_process: bool
     threads: int | None
     register_timeout_s: float
@@ -317,6 +319,7 @@ def _flatten(file: _File, warnings: list[str]) -> Config:
         data_address=own.data_address,
         device=own.device,
         dtype=own.dtype,
+        micro_batches=own.micro_batches,
         experts_in_process=in_process,
         threads=own.threads,
         register_timeout_s=own.register_timeout_seconds,

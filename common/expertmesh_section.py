@@ -21,6 +21,7 @@ class ExpertMeshSection(Section, extra="forbid"):
     device: Literal["cpu", "cuda", "npu"] = "cpu"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     experts_in_process: bool = False
+    micro_batches: int = Field(default=1, ge=1, le=8)
     grouped_matmul: Annotated[Literal["auto", "on", "off"], Ignored(NOT_BUILT)] = "auto"
     redundant_experts: int = Field(default=0, ge=0)
     topology: Annotated[Literal["auto", "switch", "direct"], Ignored(NOT_BUILT)] = "auto"

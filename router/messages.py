@@ -18,6 +18,7 @@ class Configure:
         block_size: tokens per KV block.
         max_seq_len: most tokens of prompt and answer; None takes what the checkpoint and the cache allow.
         threads: torch threads; None leaves torch's default.
+        micro_batches: parts a step is cut into; one computes here while the rows of another are away.
         data_address: address on which links to expert workers are agreed on.
         experts_in_process: keep the routed experts in this process (loopback) instead of on expert workers.
         deadline_floor_s: shortest time an expert worker is given to answer.
@@ -33,6 +34,7 @@ class Configure:
     max_batch_size: int
     max_prefill_tokens: int
     ep_level: int
+    micro_batches: int
     term: int
     data_address: str
     experts_in_process: bool

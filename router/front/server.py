@@ -259,6 +259,7 @@ class Front:
             max_batch_size=config.max_batch_size,
             max_prefill_tokens=config.max_prefill_tokens,
             ep_level=config.ep_level,
+            micro_batches=config.micro_batches,
             term=self.term,
             data_address=config.data_address,
             experts_in_process=config.experts_in_process,

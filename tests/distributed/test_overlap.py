@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from common import process_group
 from common.exchange import StepHeader
@@ -20,6 +20,7 @@ from common.model_config import ModelConfig
 from common.placement import contiguous
 from common.timeline import Span, Timeline
 from expert_worker.messages import Linked
+from router.model.deepseek import take_turns
 from router.model.loading import load_model
 from tests.expert_worker.executor_child import (
     INCARNATION,
@@ -98,7 +99,8 @@ async def test_shared_experts_compute_while_a_worker_computes_the_routed_ones(
         for step_id in range(NUM_STEPS):
             exchange.begin(StepHeader(TERM, 1, step_id, ep_level, NUM_TOKENS))
             with torch.inference_mode():
-                output: Tensor = moe(torch.randn(NUM_TOKENS, config.hidden_size), exchange)
+                rows = torch.randn(NUM_TOKENS, config.hidden_size)
+                (output,) = take_turns([moe(rows, 0, exchange)])
             assert output.shape == (NUM_TOKENS, config.hidden_size)
         exchange.close()
 

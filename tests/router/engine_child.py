@@ -122,6 +122,7 @@ def configure(model_path: Path, **overrides: Any) -> Configure:
         "max_batch_size": 8,
         "max_prefill_tokens": 64,
         "ep_level": 2,
+        "micro_batches": 1,
         "term": 1,
         "data_address": "127.0.0.1",
         "experts_in_process": True,
