@@ -39,7 +39,7 @@ class BareSocket:
         self._socket, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-c", "from benchmarks.bench_exchange import echo; echo()"]
-            self._process = subprocess.Popen(command, stdin=theirs)
+            self._process = subprocess.Popen(command, stdin=theirs.fileno())
 
     def round_trip(self, sent: int, received: int) -> None:
         self._socket.sendall(SIZES.pack(sent, received) + bytes(sent))

@@ -15,7 +15,7 @@ from common.errors import CheckpointError, ConfigError
 from common.grpc_server import RunningServer, bracketed, start_server
 from common.interceptors import FleetTokenInterceptor
 from expert_worker.control_service import ControlService
-from expert_worker.executor_link import ExecutorLink
+from expert_worker.executor_link import EXECUTOR_MODULE, ExecutorLink
 from expert_worker.messages import Configure
 from expert_worker.registration import Registration
 from protos import fleet_pb2 as pb
@@ -30,7 +30,7 @@ STOP_GRACE_S = 0.5
 class Agent:
     """One expert worker, from its first line of output to its last."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, executor_module: str = EXECUTOR_MODULE) -> None:
         if config.router is None:
             raise ConfigError(
                 "no router is configured: set ExpertMesh.router or --router to HOST:PORT of its fleet port"
@@ -38,7 +38,7 @@ class Agent:
         self.config = config
         self.worker_id = config.worker_id or _make_worker_id(config)
         self.executor = ExecutorLink(
-            Configure(config.device, config.threads, config.data_address, exchange="links")
+            Configure(config.device, config.threads, config.data_address, exchange="links"), executor_module
         )
         self._token = fleet_token(config)
         self.registration = Registration(

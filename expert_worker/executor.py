@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -158,11 +158,16 @@ def main() -> None:
     parser.add_argument("--channel-fd", type=int, required=True, help="the inherited socket")
     parser.add_argument("--progress-fd", type=int, required=True, help="the inherited progress counter")
     arguments = parser.parse_args()
+    serve_channel(arguments.channel_fd, arguments.progress_fd)
+
+
+def serve_channel(channel_fd: int, progress_fd: int) -> NoReturn:
+    """Serve the agent at the other end of an inherited socket, then end the process."""
     obey_parent_only()
     configure_logging("info", "executor")
-    channel = ChildChannel(arguments.channel_fd, TO_EXECUTOR)
+    channel = ChildChannel(channel_fd, TO_EXECUTOR)
     with torch.inference_mode():
-        status = Executor(channel, ProgressCounter(arguments.progress_fd)).run()
+        status = Executor(channel, ProgressCounter(progress_fd)).run()
     logging.shutdown()
     sys.stderr.flush()
     # Threads that wait on links, and links that wait for peers, must not hold up the end of the process.

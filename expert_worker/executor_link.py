@@ -46,7 +46,7 @@ class ExecutorLink:
         loaded_bytes: bytes of weights in its memory.
     """
 
-    def __init__(self, configure: Configure) -> None:
+    def __init__(self, configure: Configure, module: str = EXECUTOR_MODULE) -> None:
         self.incarnation = 0
         self.ready: Ready | None = None
         self.has_started = asyncio.Event()
@@ -55,7 +55,7 @@ class ExecutorLink:
         self._activity = STARTING
         self._progress = ProgressCounter.create()
         self._answers: asyncio.Queue[PrepareAnswer | ControlError] | None = None
-        kind = Kind("the executor", EXECUTOR_MODULE, TO_AGENT, Ready)
+        kind = Kind("the executor", module, TO_AGENT, Ready)
         self._kept = KeptChild(kind, self._begin, self._take, self._ended, self._progress)
 
     @property

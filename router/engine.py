@@ -16,7 +16,7 @@ from torch import Tensor
 from common.errors import RequestError, WorkerLost
 from common.exchange import RouterExchange, StepHeader
 from router.batch import Batch, build_batch
-from router.messages import Lost, Rejected, Stats, Submit, Tokens
+from router.messages import Lost, Rejected, Stats, Submit, Tokens, Tune
 from router.model.latent_cache import LatentCache
 from router.plan import Plan
 from router.sampler import Draw, sample
@@ -102,6 +102,10 @@ class Engine:
             self._scheduler.submit(self._sequence(message))
         except RequestError as error:
             self._send(Rejected(message.request_id, str(error)))
+
+    def tune(self, message: Tune) -> None:
+        """Exchange rows in another way from the next step on."""
+        self._ep_level, self._micro_batches = message.ep_level, message.micro_batches
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free its blocks."""

@@ -34,6 +34,7 @@ from router.messages import (
     LinkFailed,
     Progress,
     Submit,
+    Tune,
 )
 from router.progress_inquiry import ProgressInquiry
 
@@ -99,6 +100,8 @@ class EngineProcess:
         match message:
             case Submit():
                 engine.submit(message)
+            case Tune():
+                engine.tune(message)
             case Abort():
                 engine.abort(message.request_id)
             case Disconnect():

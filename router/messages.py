@@ -87,6 +87,19 @@ class Submit:
 
 
 @dataclass(frozen=True, slots=True)
+class Tune:
+    """From the next step on, exchange rows like this. What a step is doing is not disturbed.
+
+    Attributes:
+        ep_level: 1 AllGather, 2 AllToAll.
+        micro_batches: parts a step is cut into.
+    """
+
+    ep_level: int
+    micro_batches: int
+
+
+@dataclass(frozen=True, slots=True)
 class Abort:
     """Forget a request and free its blocks at the next step. Unknown ids are ignored."""
 
@@ -204,5 +217,5 @@ class Stats:
     workers: list[list[float]] = field(default_factory=list)
 
 
-TO_ENGINE = by_name(Configure, Connect, Disconnect, Submit, Abort, Progress, Shutdown)
+TO_ENGINE = by_name(Configure, Connect, Disconnect, Submit, Tune, Abort, Progress, Shutdown)
 TO_FRONT = by_name(Loading, Loaded, Linked, LinkFailed, Tokens, Lost, Rejected, AskProgress, Stats, Fatal)
