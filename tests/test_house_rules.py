@@ -67,6 +67,8 @@ TORCH_FREE = (
         "expert_worker/__main__",
         "expert_worker/agent",
         "expert_worker/control_service",
+        "expert_worker/executor_link",
+        "expert_worker/registration",
         "expert_worker/messages",
     ),
     *(
@@ -79,12 +81,14 @@ TORCH_FREE = (
         "common/errors",
     ),
     *("common/channel", "common/child_process", "common/grpc_server", "common/interceptors", "common/logs"),
+    *("common/kept_child", "common/progress_counter", "common/row_limits"),
     *("common/json_file", "common/lifeline", "common/link_probe", "common/lldp"),
     *("common/rank_table", "common/topology", "common/topology_check"),
 )
 EDGES = (
     *("expertmesh/", "router/front/", "router/__main__.py"),
-    *("expert_worker/agent.py", "expert_worker/control_service.py", "expert_worker/__main__.py"),
+    *("expert_worker/agent.py", "expert_worker/control_service.py", "expert_worker/registration.py"),
+    "expert_worker/__main__.py",
     *("common/grpc_server.py", "common/interceptors.py"),
 )
 # What each package may be imported by: path prefixes.
