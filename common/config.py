@@ -7,7 +7,8 @@ keys to values: {"ServerConfig.port": 0, "ModelConfig.worldSize": 4, "ExpertMesh
 | field of Config                  | from                                      | default                    |
 |----------------------------------|-------------------------------------------|----------------------------|
 | host, port                       | ServerConfig.ipAddress, .port             | 127.0.0.1, 1025 (0: free)  |
-| management_host, management_port | ServerConfig.managementIpAddress, ...Port | 127.0.0.1, 1026            |
+| management_host                  | ServerConfig.managementIpAddress          | 127.0.0.1                  |
+| management_port                  | ServerConfig.managementPort               | 1026 (0: free)             |
 | model_name                       | ModelConfig.modelName                     | "deepseek"                 |
 | model_path                       | ModelConfig.modelWeightPath               | None: not said             |
 | world_size                       | ModelConfig.worldSize                     | moe_ep * moe_tp, or 2      |
@@ -189,13 +190,12 @@ def _derive(sections: Sections) -> tuple[dict[str, Any], dict[str, str]]:
         "moe_tp": group.moe_tp,
         "kv_cache_bytes": int(model.cpu_mem_size * GIGABYTE),
     }
-    if own.experts_in_process or model.world_size == 0:
-        values |= {"experts_in_process": True, "world_size": 0, "moe_ep": 0}
-        cause = "ExpertMesh.expertsInProcess true" if own.experts_in_process else "worldSize 0"
-        changed = ("world_size", "moe_ep", "moe_tp") if own.experts_in_process else ("moe_ep", "moe_tp")
-        inferred = dict.fromkeys(changed, cause)
-        if not own.experts_in_process:
-            inferred["experts_in_process"] = cause
+    if own.experts_in_process:
+        values |= {"world_size": 0, "moe_ep": 0}
+        inferred |= dict.fromkeys(("world_size", "moe_ep", "moe_tp"), "ExpertMesh.expertsInProcess true")
+    elif group.world_size == 0:
+        values["experts_in_process"] = True
+        inferred["experts_in_process"] = "worldSize 0"
     for field, address in (("fleet_host", own.fleet_address), ("agent_host", own.agent_address)):
         if address is None:
             values[field] = own.data_address
@@ -235,6 +235,6 @@ def check_experts(config: Config, n_routed_experts: int) -> None:
     """
     if not config.experts_in_process and n_routed_experts % config.moe_ep != 0:
         raise ConfigError(
-            f"moe_ep is {config.moe_ep}, but it must divide the checkpoint's n_routed_experts "
+            f"ModelConfig[0].moe_ep is {config.moe_ep}, but it must divide the checkpoint's n_routed_experts "
             f"({n_routed_experts}): choose another worldSize or moe_ep"
         )

@@ -58,17 +58,18 @@ def validated(document: dict[str, Any], variables: Mapping[str, str]) -> tuple[C
     """
     document = copy.deepcopy(document)
     problems: list[Problem] = []
-    while True:
+    text, before = json.dumps(document), ""
+    # Nothing can be left out where text is no Unicode, or nesting has no end.
+    while text != before:
         try:
-            return ConfigFile.model_validate_json(json.dumps(document)), problems
+            return ConfigFile.model_validate_json(text), problems
         except ValidationError as error:
             found = error.errors(include_url=False)
         for one in found:
             key = remove(document, one["loc"])
             problems.append(Problem(frozenset({key}), _sentence(one, variables)))
-            if not key:
-                # Text that is no Unicode, or nesting without end: there is nothing that could be left out.
-                return ConfigFile(), problems
+        before, text = text, json.dumps(document)
+    return ConfigFile(), problems
 
 
 def remove(document: dict[str, Any], location: Location) -> str:
@@ -109,7 +110,8 @@ def shown(value: Any, most: int = MOST_LETTERS) -> str:
 
 
 def _sentence(error: Any, variables: Mapping[str, str]) -> str:
-    path = json_path(error["loc"])
+    # What is missing has no place of its own: the sentence is about what lacks it.
+    path = json_path(error["loc"][:-1] if error["type"] == "missing" else error["loc"])
     if error["type"] == "json_invalid":
         return f"{path} is no valid JSON: {error['ctx']['error']}"
     if error["type"] == "extra_forbidden":

@@ -40,14 +40,12 @@ def group_of(model: ModelConfig) -> Group:
     inferred = {}
     if world_size is None and moe_ep is not None:
         world_size = moe_ep * (moe_tp or 1)
-        inferred["world_size"] = f"moe_ep {moe_ep}" + (f" * moe_tp {moe_tp}" if moe_tp else "")
+        inferred["world_size"] = f"moe_ep {moe_ep} * moe_tp {moe_tp or 1}"
     elif world_size is None:
         world_size = DEFAULT_WORLD_SIZE * (moe_tp or 1)
-        if moe_tp:
-            inferred["world_size"] = f"{DEFAULT_WORLD_SIZE} * moe_tp {moe_tp}"
     if moe_ep is None:
         moe_ep = world_size // (moe_tp or 1)
-        inferred["moe_ep"] = f"worldSize {world_size}" + (f" / moe_tp {moe_tp}" if moe_tp else "")
+        inferred["moe_ep"] = f"worldSize {world_size} / moe_tp {moe_tp or 1}"
     if moe_tp is None:
         moe_tp = max(world_size // moe_ep, 1) if moe_ep else 1
         inferred["moe_tp"] = f"worldSize {world_size} / moe_ep {moe_ep}"
@@ -56,12 +54,15 @@ def group_of(model: ModelConfig) -> Group:
 
 def problems_of(file: ConfigFile, sections: Sections) -> Iterator[Problem]:
     """Name everything that cannot stand together or is not built."""
-    for key in ("ModelDeployConfig", "ScheduleConfig"):
-        name = "model_deploy_config" if key == "ModelDeployConfig" else "schedule_config"
-        if getattr(file, name) is not None and getattr(file.backend_config, name) is not None:
-            yield Problem(
-                frozenset({key}), f"{key} stands at the top level and inside BackendConfig: keep one of them"
-            )
+    backend = file.backend_config
+    twice = {
+        "ModelDeployConfig": file.model_deploy_config is not None and backend.model_deploy_config is not None,
+        "ScheduleConfig": file.schedule_config is not None and backend.schedule_config is not None,
+    }
+    for key, is_twice in twice.items():
+        if is_twice:
+            sentence = f"{key} stands at the top level and inside BackendConfig: keep one of them"
+            yield Problem(frozenset({key}), sentence)
     yield from _group(sections)
     yield from _trust(sections)
     yield from refusals(sections)
@@ -75,8 +76,8 @@ def warnings(file: ConfigFile, sections: Sections) -> Iterator[str]:
     yield from warnings_of(file)
     level = sections.deepseek.ep_level
     for key, acts_at in LEVEL_OF.items():
-        # false and null ask for nothing.
-        if acts_at != level and sections.is_given(key) and sections.value(key):
+        asks_for_nothing = sections.value(key) in (None, False, "auto")
+        if acts_at != level and sections.is_given(key) and not asks_for_nothing:
             yield f"{sections.path(key)} has no effect at ep_level {level}: it acts at ep_level {acts_at}"
     yield from reports(sections)
     factor = sections.deepseek.topk_scaling_factor

@@ -34,7 +34,8 @@ class ConfigError(ExpertMeshError):
     grpc_status = "INVALID_ARGUMENT"
 
     def __init__(self, first: str, *others: str) -> None:
-        super().__init__(f"{first} ({len(others)} more to correct)" if others else first)
+        more = f" ({len(others)} more to correct: `expertmesh config check FILE` lists them)"
+        super().__init__(f"{first}{more if others else ''}")
         self.problems = (first, *others)
 
 

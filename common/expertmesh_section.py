@@ -37,7 +37,8 @@ class ExpertMeshSection(Section, extra="forbid"):
         str | None,
         matching(
             r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}",
-            "must be at most 128 letters, digits, dots, dashes and underscores, and begin with a letter or digit",
+            "must be at most 128 letters, digits, dots, dashes and underscores, and begin with a letter or a "
+            "digit",
         ),
     ] = None
     agent_address: Address | None = None

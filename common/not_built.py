@@ -1,6 +1,6 @@
 """What the configuration has a place for and this version does not do: refused, or reported. Pure.
 
-Whoever builds one of these takes its line out of here, and nothing else has to change in the configuration.
+Whoever builds one of these takes its line out of here, and the words about it out of docs/configuration.md.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -12,7 +13,7 @@ import typer
 
 from common.config import Effective, check_experts, resolve
 from common.config_problems import shown
-from common.errors import ConfigError
+from common.errors import CheckpointError, ConfigError
 from common.model_config import ModelConfig
 from expertmesh.cli.terminal import BAD_INPUT, print_json
 
@@ -35,32 +36,38 @@ def check(
     """Check FILE, offline: show what is in effect, where it came from, and what has no effect."""
     try:
         effective = resolve(file)
+        warnings = [*effective.config.warnings, *_check_checkpoint(file, effective)]
     except ConfigError as error:
         for problem in error.problems:
             print(f"expertmesh: {problem}", file=sys.stderr)
         raise typer.Exit(BAD_INPUT) from None
-    warnings = [*effective.config.warnings, *_check_checkpoint(effective)]
     if json:
         print_json(_as_json(effective, warnings))
     else:
         _print_lines(effective, warnings)
 
 
-def _check_checkpoint(effective: Effective) -> Iterator[str]:
-    """Check the configuration against the checkpoint, where it is on this machine.
+def _check_checkpoint(file: Path, effective: Effective) -> Iterator[str]:
+    """Check the configuration against the checkpoint; warn where there is none on this machine.
 
     Raises:
-        ConfigError: the experts cannot be dealt out to the workers.
-        CheckpointError: the directory holds no checkpoint that can be served.
+        ConfigError: no checkpoint that can be served, or its experts cannot be dealt out to the workers.
     """
     path = effective.origins["model_path"].detail
     directory = effective.config.model_path
     if directory is None:
-        yield f"{path} is not set: `expertmesh up` then needs --model, and the services do not start"
-    elif not Path(directory).exists():
+        yield f"{path} is not set, and the services need it: set it, or use `expertmesh up --model`"
+    elif not os.path.exists(directory):
+        # Not Path.exists, which raises where a part of the path is too long or may not be looked into.
         yield f"{path} is {shown(directory)}, which does not exist on this machine"
     else:
-        check_experts(effective.config, ModelConfig.from_directory(Path(directory)).n_routed_experts)
+        try:
+            model = ModelConfig.from_directory(Path(directory))
+            check_experts(effective.config, model.n_routed_experts)
+        except CheckpointError as error:
+            raise ConfigError(f"{file}: {path} is {shown(directory)}, but {error}") from None
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from None
 
 
 def _as_json(effective: Effective, warnings: list[str]) -> dict[str, object]:
