@@ -15,7 +15,7 @@ PYTHON ?=
 TORCH_INDEX_URL ?=
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test test-all lint format types protos check bench clean
+.PHONY: help setup demo test test-all test-slow lint format types protos check bench clean
 
 help:  ## Say what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -39,6 +39,9 @@ test: setup  ## Run the tests (no accelerator needed)
 
 test-all: setup  ## Run the slow tests too
 	@$(BIN)/python -m pytest -m 'not cuda and not npu' $(PYTEST_ARGS)
+
+test-slow: setup  ## Run only the tests that `make test` leaves out for their length
+	@$(BIN)/python -m pytest -m 'slow and not cuda and not npu' $(PYTEST_ARGS)
 
 lint: setup  ## Style, and who imports whom
 	@$(BIN)/ruff check .

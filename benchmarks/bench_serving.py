@@ -36,22 +36,36 @@ def prefill_tokens_per_s(fleet: Fleet) -> float:
     times = []
     for repetition in range(REPETITIONS):
         answer = generate(
-            fleet, prompt_of(PREFILL_TOKENS, repetition), timeout=600, temperature=0.0, max_tokens=1, ignore_eos=True
+            fleet,
+            prompt_of(PREFILL_TOKENS, repetition),
+            timeout=600,
+            temperature=0.0,
+            max_tokens=1,
+            ignore_eos=True,
         )
         times.append(answer.finished.timings.first_token_s - answer.finished.timings.queue_s)
     return PREFILL_TOKENS / statistics.median(times)
 
 
 def decode_tokens_per_s(fleet: Fleet, batch: int) -> float:
-    """Tokens of `batch` simultaneous answers over the time between the first token of the last and the end."""
+    """Tokens of `batch` simultaneous answers over the time from the first token to the last."""
 
     def one(index: int) -> tuple[float, float, int]:
         started = time.monotonic()
         answer = generate(
-            fleet, prompt_of(16, index), timeout=600, temperature=0.0, max_tokens=DECODE_TOKENS, ignore_eos=True
+            fleet,
+            prompt_of(16, index),
+            timeout=600,
+            temperature=0.0,
+            max_tokens=DECODE_TOKENS,
+            ignore_eos=True,
         )
         timings = answer.finished.timings
-        return started + timings.first_token_s, started + timings.total_s, answer.finished.usage.completion_tokens
+        return (
+            started + timings.first_token_s,
+            started + timings.total_s,
+            answer.finished.usage.completion_tokens,
+        )
 
     speeds = []
     for _ in range(REPETITIONS):
@@ -109,7 +123,9 @@ def main() -> None:
     options = parser.parse_args()
     flags = ("--expert-workers", str(options.expert_workers), "--ep-level", str(options.ep_level))
     with fleet_of(options.model, *flags, OMP_NUM_THREADS=str(psutil.cpu_count())) as fleet:
-        generate(fleet, prompt_of(64, 99), timeout=600, temperature=0.0, max_tokens=4, ignore_eos=True)  # warm up
+        generate(
+            fleet, prompt_of(64, 99), timeout=600, temperature=0.0, max_tokens=4, ignore_eos=True
+        )  # warm up
         result: dict[str, object] = {
             "expert_workers": options.expert_workers,
             "ep_level": options.ep_level,
@@ -121,7 +137,9 @@ def main() -> None:
     for name, value in result.items():
         if isinstance(value, dict):
             for process, row in value.items():
-                print(f"| {process} | " + ", ".join(f"{key} {mib:.0f} MiB" for key, mib in row.items()) + " |")
+                print(
+                    f"| {process} | " + ", ".join(f"{key} {mib:.0f} MiB" for key, mib in row.items()) + " |"
+                )
         else:
             print(f"| {name} | {value:.1f} |" if isinstance(value, float) else f"| {name} | {value} |")
     if options.json:

@@ -1,4 +1,4 @@
-"""Writes a random-weight checkpoint in the shape of DeepSeek-V2-Lite with 6 layers: what the serving tables run on.
+"""Writes a random-weight checkpoint in the shape of DeepSeek-V2-Lite with 6 layers, for the serving tables.
 
 `python -m benchmarks.v2_lite_shape DIR`: 1 dense and 5 MoE layers, 64 experts top-6, bfloat16, 5.9 GB.
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from tests.tiny_checkpoint import write_checkpoint
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 2048,
     "intermediate_size": 10944,
     "moe_intermediate_size": 1408,

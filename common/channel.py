@@ -11,13 +11,30 @@ import json
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from common.errors import ControlError
 
 MAX_LINE_BYTES = 64 << 20
 """Longest line accepted: a prompt of four million tokens fits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """Parent to child: end the process."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fatal:
+    """Child to parent, the last message before it exits: why it cannot go on.
+
+    Attributes:
+        kind: name of the class in common.errors.
+    """
+
+    kind: str
+    message: str
 
 
 def encode(message: Any) -> bytes:

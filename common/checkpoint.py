@@ -82,6 +82,10 @@ class Checkpoint:
         """The dtype a tensor is stored in."""
         return self._stored(name).dtype
 
+    def num_elements(self, name: str) -> int:
+        """The number of elements of a tensor."""
+        return math.prod(self._stored(name).shape)
+
     def num_bytes(self, name: str) -> int:
         """The size of a tensor in its file."""
         return self._stored(name).num_bytes

@@ -28,6 +28,7 @@ keys to values: {"ServerConfig.port": 0, "ModelConfig.worldSize": 4, "ExpertMesh
 | fleet_host, fleet_port           | ExpertMesh.fleetAddress, .fleetPort       | data_address, 1028         |
 | data_address                     | ExpertMesh.dataAddress                    | 127.0.0.1                  |
 | device, dtype                    | ExpertMesh.device, .dtype                 | "cpu", "auto"              |
+| micro_batches                    | ExpertMesh.microBatches                   | 1: a step is not cut       |
 | grouped_matmul, topology         | ExpertMesh.groupedMatmul, .topology       | "auto"                     |
 | cutoff_min_rows                  | ExpertMesh.cutoffMinRows                  | 4096                       |
 | experts_in_process               | ExpertMesh.expertsInProcess, worldSize 0  | False; True: no workers    |
@@ -60,6 +61,7 @@ from common.config_origin import Origin, origins_of
 from common.config_problems import validated
 from common.config_rules import group_of, problems_of, warnings
 from common.errors import ConfigError
+from common.json_file import shown_path
 
 TOKEN_VARIABLE = "EXPERTMESH_FLEET_TOKEN"
 GIGABYTE = 1 << 30
@@ -105,6 +107,7 @@ class Config(BaseModel):
     data_address: Annotated[str, At("ExpertMesh.dataAddress")]
     device: Annotated[str, At("ExpertMesh.device")]
     dtype: Annotated[str, At("ExpertMesh.dtype")]
+    micro_batches: Annotated[int, At("ExpertMesh.microBatches")]
     grouped_matmul: Annotated[str, At("ExpertMesh.groupedMatmul")]
     topology: Annotated[str, At("ExpertMesh.topology")]
     cutoff_min_rows: Annotated[int, At("ExpertMesh.cutoffMinRows")]
@@ -171,7 +174,7 @@ def resolve(path: Path | None = None, overrides: Mapping[str, Any] | None = None
     bad = frozenset[str]().union(*(problem.keys for problem in problems))
     problems += [problem for problem in problems_of(file, sections) if not problem.keys & bad]
     if problems:
-        source = "" if path is None else f"{path}: "
+        source = "" if path is None else f"{shown_path(path)}: "
         raise ConfigError(*(f"{source}{problem.sentence}" for problem in problems))
     derived, inferred = _derive(sections)
     taken = {name: sections.value(key) for name, key in KEYS.items()}

@@ -15,11 +15,11 @@ from pydantic.alias_generators import to_snake
 from common.deepseek_section import DeepseekV2
 from common.errors import ConfigError
 from common.expertmesh_section import ExpertMeshSection
+from common.json_file import read_json, shown, shown_path
 from common.mindie import BackendConfig, LogConfig, ScheduleConfig, ServerConfig
 from common.mindie_model import ModelConfig, ModelDeployConfig
 from common.section import Ignored, Section, key_of
 
-MAX_FILE_BYTES = 10 << 20
 # Kubernetes and docker links put addresses of services into every container under names like these.
 SERVICE_VARIABLE = re.compile(r"_SERVICE_(HOST|PORT)|_PORT(_\d+_(TCP|UDP).*)?$")
 
@@ -129,28 +129,12 @@ def read_document(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        ConfigError: the file is not there, too large, not JSON, no object, or says something twice.
+        ConfigError: the file is not there, too large, not JSON, no object, or has a key twice.
     """
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError(f"{path} is larger than {MAX_FILE_BYTES} bytes: it is no configuration file")
-        document = json.loads(path.read_bytes(), object_pairs_hook=_without_repetition)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is no JSON: {error}") from None
+    document = read_json(path)
     if not isinstance(document, dict):
-        raise ConfigError(f"{path} holds {type(document).__name__}, but a configuration is a JSON object")
+        raise ConfigError(f"{shown_path(path)} holds {shown(document)}, but a configuration is a JSON object")
     return document
-
-
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
-    return entries
 
 
 def variables_of(environment: Mapping[str, str]) -> tuple[dict[str, str], dict[str, Any], list[str]]:

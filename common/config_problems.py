@@ -102,8 +102,8 @@ def json_path(location: Location) -> str:
     return path or "the configuration"
 
 
-def shown(value: Any, most: int = MOST_LETTERS) -> str:
-    """Write a value as it stands in the file, in one line of at most `most` letters."""
+def json_line(value: Any, most: int = MOST_LETTERS) -> str:
+    """Write a value, whole lists too, as it stands in the file: in one line of at most `most` letters."""
     text = json.dumps(value, ensure_ascii=False)
     text = text if text.isprintable() else json.dumps(value)
     return text if len(text) <= most else f"{text[: most - 3]}..."
@@ -121,4 +121,4 @@ def _sentence(error: Any, variables: Mapping[str, str]) -> str:
         )
     rule = RULES[error["type"]](error.get("ctx", {})) if error["type"] in RULES else f"fails: {error['msg']}"
     source = f" (from {variables[path]})" if path in variables else ""
-    return f"{path} is {shown(error['input'])}{source}, but it {rule}"
+    return f"{path} is {json_line(error['input'])}{source}, but it {rule}"

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
+from common.row_limits import DEFAULT_BUFFER_FACTORS
 from common.section import Ignored, IgnoredBool, Section
 
 BALANCING = Ignored("section ExpertMesh has the settings for copies of experts")
@@ -19,12 +20,6 @@ BufferFactor = Annotated[
     tuple[Annotated[int, Field(ge=0)], Annotated[float, Field(gt=0)]], Field(strict=False)
 ]
 """[tokens, factor] of the receive buffers at ep_level 2."""
-
-DOCUMENTED_BUFFER_FACTORS = (
-    *((1048576, 1.32), (524288, 1.4), (262144, 1.53), (131072, 1.8)),
-    *((32768, 3.0), (8192, 5.2), (0, 8.0)),
-)
-"""The example in the documentation of MindIE's expert parallelism."""
 
 
 def _boolean(value: Any) -> Any:
@@ -87,7 +82,7 @@ class DeepseekV2(Section, alias_generator=None):
     enable_init_routing_cutoff: bool = False
     topk_scaling_factor: float | None = Field(default=None, gt=0, le=1)
     alltoall_ep_buffer_scale_factors: Annotated[tuple[BufferFactor, ...], Field(strict=False)] = (
-        DOCUMENTED_BUFFER_FACTORS
+        DEFAULT_BUFFER_FACTORS
     )
     eplb: Eplb = Eplb()
     communication_backend: CommunicationBackend = CommunicationBackend()

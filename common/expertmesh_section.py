@@ -21,6 +21,7 @@ class ExpertMeshSection(Section, extra="forbid"):
     device: Literal["cpu", "cuda", "npu"] = "cpu"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     experts_in_process: bool = False
+    micro_batches: int = Field(default=1, ge=1, le=8)
     grouped_matmul: Literal["auto", "on", "off"] = "auto"
     redundant_experts: int = Field(default=0, ge=0)
     topology: Literal["auto", "switch", "direct"] = "auto"

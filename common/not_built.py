@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from common.config_file import Sections
-from common.config_problems import Problem, shown
+from common.config_problems import Problem, json_line
 
 REPORTED = (
     "models.deepseekv2.enable_init_routing_cutoff",
@@ -37,7 +37,8 @@ def reports(sections: Sections) -> Iterator[str]:
     for key in REPORTED:
         value = sections.value(key)
         if value != sections.default(key):
-            yield f"{sections.path(key)} is {shown(value)} and has no effect: it is not built in this version"
+            here = f"{sections.path(key)} is {json_line(value)}"
+            yield f"{here} and has no effect: it is not built in this version"
 
 
 def refusals(sections: Sections) -> Iterator[Problem]:
@@ -46,4 +47,4 @@ def refusals(sections: Sections) -> Iterator[Problem]:
         value = sections.value(key)
         if value != only:
             keys = frozenset({key.rpartition(".")[2]})
-            yield Problem(keys, f"{sections.path(key)} is {shown(value)}, but {why}")
+            yield Problem(keys, f"{sections.path(key)} is {json_line(value)}, but {why}")

@@ -12,6 +12,8 @@ from common.errors import ConfigError
 class Placement:
     """For every MoE layer, the routed experts of each expert worker in the order it holds them.
 
+    An expert may have replicas: it then stands with several workers, once with each.
+
     Attributes:
         layers: layer_id -> (experts of ep_rank 0, experts of ep_rank 1, ...), checkpoint indices.
     """
@@ -26,6 +28,14 @@ class Placement:
     def experts_of(self, ep_rank: int) -> dict[int, tuple[int, ...]]:
         """The experts that worker `ep_rank` holds: layer_id -> checkpoint indices."""
         return {layer_id: owners[ep_rank] for layer_id, owners in self.layers.items()}
+
+    def replicas_of(self, layer_id: int) -> dict[int, tuple[int, ...]]:
+        """The workers that hold each expert of a layer: checkpoint index -> ep_ranks, ascending."""
+        found: dict[int, tuple[int, ...]] = {}
+        for ep_rank, experts in enumerate(self.layers[layer_id]):
+            for expert in experts:
+                found[expert] = (*found.get(expert, ()), ep_rank)
+        return found
 
 
 def contiguous(n_routed_experts: int, ep_size: int, moe_layer_ids: Iterable[int]) -> Placement:

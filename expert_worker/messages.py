@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.channel import by_name
+from common.channel import Fatal, Shutdown, by_name
 
 # ---------------------------------------------------------------- agent -> executor
 
@@ -16,11 +16,13 @@ class Configure:
     Attributes:
         threads: torch threads; None leaves torch's default.
         data_address: address of this host on the data plane.
+        exchange: how rows arrive, "links" or "collective".
     """
 
     device: str
     threads: int | None
     data_address: str
+    exchange: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +31,19 @@ class Prepare:
 
     Attributes:
         layers: [[layer_id, [expert ids in local order]], ...].
-        host, port, prefix, timeout_s: where and how the link is agreed on (fleet.proto, LinkAddress).
+        exchange, host, port, prefix, timeout_s: how rows arrive, and where the link to the router is agreed
+            on (fleet.proto, LinkAddress).
     """
 
     term: int
     epoch: int
     incarnation: int
     ep_rank: int
+    ep_size: int
     model_path: str
     dtype: str
     layers: list[list[int | list[int]]]
+    exchange: str
     host: str
     port: int
     prefix: str
@@ -50,11 +55,6 @@ class Forget:
     """A router is gone: drop its links. Weights stay."""
 
     term: int
-
-
-@dataclass(frozen=True, slots=True)
-class Shutdown:
-    """End the process."""
 
 
 # ---------------------------------------------------------------- executor -> agent
@@ -116,14 +116,6 @@ class LinkClosed:
     term: int
     epoch: int
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Fatal:
-    """The last message before the executor exits: why it cannot go on."""
-
-    kind: str
-    message: str
 
 
 TO_EXECUTOR = by_name(Configure, Prepare, Forget, Shutdown)

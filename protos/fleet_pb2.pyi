@@ -182,14 +182,17 @@ class LinkAddress(_message.Message):
     PORT_FIELD_NUMBER: _builtins.int
     PREFIX_FIELD_NUMBER: _builtins.int
     TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    EXCHANGE_FIELD_NUMBER: _builtins.int
     host: _builtins.str
     """HOST of the store, on the data plane."""
     port: _builtins.int
     """Port of the store."""
     prefix: _builtins.str
-    """Random and used for one link only."""
+    """Random and used for one link, or one group, only."""
     timeout_s: _builtins.float
     """Seconds either side waits for the other."""
+    exchange: _builtins.str
+    """"links": a group of two, the router and this worker. "collective": one group of the router and all workers."""
     def __init__(
         self,
         *,
@@ -197,10 +200,11 @@ class LinkAddress(_message.Message):
         port: _builtins.int = ...,
         prefix: _builtins.str = ...,
         timeout_s: _builtins.float = ...,
+        exchange: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "port", b"port", "prefix", b"prefix", "timeout_s", b"timeout_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exchange", b"exchange", "host", b"host", "port", b"port", "prefix", b"prefix", "timeout_s", b"timeout_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -37,12 +37,13 @@ class PrefillSpan:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What the model reads in one step. Rows stand in the order of the plan.
+    """What the model reads in one micro-batch of a step. Rows stand in the order of the plan.
 
     A row whose position lies in the prompt of its sequence belongs to one of `prefills`, any other to
     `decode_rows`. Which path computes a token depends on nothing else, so a replay gives the same bits.
 
     Attributes:
+        micro_batch: its number within the step.
         input_ids: [T] int64.
         positions: [T] int64, within the row's own sequence.
         slot_mapping: [T] int64, block * block_size + offset: where the row's latents go in the cache.
@@ -54,6 +55,7 @@ class Batch:
         logits_rows: [B] int64, rows whose logits give a token, in the order of the plan.
     """
 
+    micro_batch: int
     input_ids: Tensor
     positions: Tensor
     slot_mapping: Tensor
@@ -65,8 +67,8 @@ class Batch:
     logits_rows: Tensor
 
 
-def build_batch(plan: Plan, block_size: int, device: torch.device | str) -> Batch:
-    """Lay out the tokens of a plan. `block_size` is the number of tokens of a KV block."""
+def build_batch(plan: Plan, block_size: int, device: torch.device | str, micro_batch: int = 0) -> Batch:
+    """Lay out the tokens of a plan, or of a part of one. `block_size` is the tokens of a KV block."""
     input_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -97,6 +99,7 @@ def build_batch(plan: Plan, block_size: int, device: torch.device | str) -> Batc
         return torch.tensor(values, dtype=torch.int64, device=device)
 
     return Batch(
+        micro_batch=micro_batch,
         input_ids=tensor(input_ids),
         positions=tensor(positions),
         slot_mapping=tensor(slots),

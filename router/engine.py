@@ -16,7 +16,7 @@ from torch import Tensor
 from common.errors import RequestError, WorkerLost
 from common.exchange import RouterExchange, StepHeader
 from router.batch import Batch, build_batch
-from router.messages import Lost, Rejected, Stats, Submit, Tokens
+from router.messages import Lost, Rejected, Stats, Submit, Tokens, Tune
 from router.model.latent_cache import LatentCache
 from router.plan import Plan
 from router.sampler import Draw, sample
@@ -47,7 +47,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Callable[[Batch, LatentCache, RouterExchange], Tensor],
+        model: Callable[[list[Batch], LatentCache, RouterExchange], Tensor],
         cache: LatentCache,
         scheduler: Scheduler,
         *,
@@ -55,6 +55,7 @@ class Engine:
         device: torch.device,
         term: int,
         ep_level: int,
+        micro_batches: int,
         send: Callable[[object], None],
     ) -> None:
         self._model = model
@@ -64,6 +65,7 @@ class Engine:
         self._device = device
         self._term = term
         self._ep_level = ep_level
+        self._micro_batches = micro_batches
         self._send = send
         self._membership: Membership | None = None
         self._epoch = 0
@@ -100,6 +102,10 @@ class Engine:
             self._scheduler.submit(self._sequence(message))
         except RequestError as error:
             self._send(Rejected(message.request_id, str(error)))
+
+    def tune(self, message: Tune) -> None:
+        """Exchange rows in another way from the next step on."""
+        self._ep_level, self._micro_batches = message.ep_level, message.micro_batches
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free its blocks."""
@@ -157,10 +163,20 @@ class Engine:
     def _compute(self, plan: Plan, membership: Membership) -> Tensor:
         """Logits [B, V] of the sequences of the plan that sample."""
         self._step_id += 1
-        batch = build_batch(plan, self._scheduler.limits.block_size, self._device)
-        header = StepHeader(self._term, membership.epoch, self._step_id, self._ep_level, plan.num_tokens)
-        membership.exchange.begin(header)
-        return self._model(batch, self._cache, membership.exchange)
+        parts = plan.split(self._micro_batches)
+        block_size = self._scheduler.limits.block_size
+        batches = [build_batch(part, block_size, self._device, number) for number, part in enumerate(parts)]
+        membership.exchange.begin(
+            StepHeader(
+                self._term,
+                membership.epoch,
+                self._step_id,
+                self._ep_level,
+                num_tokens=max(part.num_tokens for part in parts),
+                micro_batches=len(parts),
+            )
+        )
+        return self._model(batches, self._cache, membership.exchange)
 
     def _report_tokens(self, settled: list[Settled], draws: list[Draw | None]) -> None:
         events = []

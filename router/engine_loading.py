@@ -91,6 +91,7 @@ def load(
         device=device,
         term=configure.term,
         ep_level=configure.ep_level,
+        micro_batches=configure.micro_batches,
         send=send,
     )
     shape = RowShape(config.hidden_size, config.num_experts_per_tok, dtype)

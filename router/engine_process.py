@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from common.channel import ChildChannel
+from common.channel import ChildChannel, Fatal, Shutdown
 from common.errors import CheckpointError, ConfigError, ControlError
+from common.lifeline import obey_parent_only
 from common.logs import configure_logging
 from router.connector import Connector
 from router.engine import Engine, Membership
@@ -29,12 +30,11 @@ from router.messages import (
     Configure,
     Connect,
     Disconnect,
-    Fatal,
     Linked,
     LinkFailed,
     Progress,
-    Shutdown,
     Submit,
+    Tune,
 )
 from router.progress_inquiry import ProgressInquiry
 
@@ -100,6 +100,8 @@ class EngineProcess:
         match message:
             case Submit():
                 engine.submit(message)
+            case Tune():
+                engine.tune(message)
             case Abort():
                 engine.abort(message.request_id)
             case Disconnect():
@@ -161,6 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m router.engine_process", description=__doc__)
     parser.add_argument("--channel-fd", type=int, required=True, help="the inherited socket")
     arguments = parser.parse_args()
+    obey_parent_only()
     configure_logging("info", "engine")
     with torch.inference_mode():
         status = EngineProcess(ChildChannel(arguments.channel_fd, TO_ENGINE)).run()

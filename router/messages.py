@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from common.channel import by_name
+from common.channel import Fatal, Shutdown, by_name
 
 # ---------------------------------------------------------------- front -> engine
 
@@ -18,6 +18,7 @@ class Configure:
         block_size: tokens per KV block.
         max_seq_len: most tokens of prompt and answer; None takes what the checkpoint and the cache allow.
         threads: torch threads; None leaves torch's default.
+        micro_batches: parts a step is cut into; one computes here while the rows of another are away.
         data_address: address on which links to expert workers are agreed on.
         experts_in_process: keep the routed experts in this process (loopback) instead of on expert workers.
         deadline_floor_s: shortest time an expert worker is given to answer.
@@ -33,6 +34,7 @@ class Configure:
     max_batch_size: int
     max_prefill_tokens: int
     ep_level: int
+    micro_batches: int
     term: int
     data_address: str
     experts_in_process: bool
@@ -85,6 +87,19 @@ class Submit:
 
 
 @dataclass(frozen=True, slots=True)
+class Tune:
+    """From the next step on, exchange rows like this. What a step is doing is not disturbed.
+
+    Attributes:
+        ep_level: 1 AllGather, 2 AllToAll.
+        micro_batches: parts a step is cut into.
+    """
+
+    ep_level: int
+    micro_batches: int
+
+
+@dataclass(frozen=True, slots=True)
 class Abort:
     """Forget a request and free its blocks at the next step. Unknown ids are ignored."""
 
@@ -97,11 +112,6 @@ class Progress:
 
     ask_id: int
     progress: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Shutdown:
-    """End the process."""
 
 
 # ---------------------------------------------------------------- engine -> front
@@ -207,17 +217,5 @@ class Stats:
     workers: list[list[float]] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class Fatal:
-    """The last message before the engine exits: why it cannot go on.
-
-    Attributes:
-        kind: name of the class in common.errors.
-    """
-
-    kind: str
-    message: str
-
-
-TO_ENGINE = by_name(Configure, Connect, Disconnect, Submit, Abort, Progress, Shutdown)
+TO_ENGINE = by_name(Configure, Connect, Disconnect, Submit, Tune, Abort, Progress, Shutdown)
 TO_FRONT = by_name(Loading, Loaded, Linked, LinkFailed, Tokens, Lost, Rejected, AskProgress, Stats, Fatal)

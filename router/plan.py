@@ -27,6 +27,12 @@ class Chunk:
         """The position after the last token."""
         return self.start + self.num_tokens
 
+    def cut(self, num_tokens: int) -> tuple[Chunk, Chunk]:
+        """The first `num_tokens` of it, and the rest."""
+        head = Chunk(self.sequence, self.start, num_tokens, samples=False)
+        rest = Chunk(self.sequence, self.start + num_tokens, self.num_tokens - num_tokens, self.samples)
+        return head, rest
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -38,6 +44,24 @@ class Plan:
     def num_tokens(self) -> int:
         """T, tokens of the step."""
         return sum(chunk.num_tokens for chunk in self.chunks)
+
+    def split(self, num_parts: int) -> tuple[Plan, ...]:
+        """Cut the plan into at most `num_parts` plans of almost equal length, in order; chunks may be cut."""
+        num_parts = max(min(num_parts, self.num_tokens), 1)
+        ends = [self.num_tokens * (part + 1) // num_parts for part in range(num_parts)]
+        parts: list[list[Chunk]] = [[] for _ in ends]
+        part = position = 0
+        for chunk in self.chunks:
+            left = chunk
+            while (room := ends[part] - position) < left.num_tokens:
+                if room:
+                    head, left = left.cut(room)
+                    parts[part].append(head)
+                    position += room
+                part += 1
+            parts[part].append(left)
+            position += left.num_tokens
+        return tuple(Plan(tuple(chunks)) for chunks in parts)
 
     @property
     def sampled(self) -> tuple[Sequence, ...]:

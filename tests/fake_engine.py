@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 
-from common.channel import ChildChannel
+from common.channel import ChildChannel, Shutdown
 from router.messages import (
     TO_ENGINE,
     Abort,
@@ -23,7 +23,6 @@ from router.messages import (
     Loaded,
     Loading,
     Lost,
-    Shutdown,
     Stats,
     Submit,
     Tokens,

@@ -56,12 +56,13 @@ EMPTY_INITS = (
     "router",
     "router/front",
     "router/model",
+    "router/placement",
 )
 
 # These run with neither torch nor safetensors: they start in milliseconds and outlive what torch may do.
 TORCH_FREE = (
     *("expertmesh", "router/front", "router/__main__", "router/messages", "router/sequence", "router/plan"),
-    *("router/scheduler", "router/block_allocator", "router/tokenizer"),
+    *("router/placement", "router/scheduler", "router/block_allocator", "router/tokenizer"),
     *(
         "expert_worker/__main__",
         "expert_worker/agent",
@@ -86,7 +87,8 @@ TORCH_FREE = (
         "common/errors",
     ),
     *("common/channel", "common/child_process", "common/grpc_server", "common/interceptors", "common/logs"),
-    "common/lifeline",
+    *("common/json_file", "common/lifeline", "common/link_probe", "common/lldp"),
+    *("common/rank_table", "common/row_limits", "common/topology", "common/topology_check"),
 )
 EDGES = (
     *("expertmesh/", "router/front/", "router/__main__.py"),

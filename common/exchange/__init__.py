@@ -29,7 +29,7 @@ class StepHeader:
         epoch: the membership and placement of the step; the first header of an epoch commits it.
         step_id: grows by one with every step of the term.
         ep_level: ALL_GATHER or ALL_TO_ALL.
-        num_tokens: tokens of the router in this step.
+        num_tokens: tokens of the router in this step, or in its largest micro-batch.
         micro_batches: parts the step is cut into; each layer is dispatched once per part.
     """
 

@@ -12,8 +12,9 @@ from typing import Annotated
 import typer
 
 from common.config import Effective, check_experts, resolve
-from common.config_problems import shown
+from common.config_problems import json_line
 from common.errors import CheckpointError, ConfigError
+from common.json_file import shown_path
 from common.model_config import ModelConfig
 from expertmesh.cli.terminal import BAD_INPUT, print_json
 
@@ -59,15 +60,15 @@ def _check_checkpoint(file: Path, effective: Effective) -> Iterator[str]:
         yield f"{path} is not set, and the services need it: set it, or use `expertmesh up --model`"
     elif not os.path.exists(directory):
         # Not Path.exists, which raises where a part of the path is too long or may not be looked into.
-        yield f"{path} is {shown(directory)}, which does not exist on this machine"
+        yield f"{path} is {json_line(directory)}, which does not exist on this machine"
     else:
         try:
             model = ModelConfig.from_directory(Path(directory))
             check_experts(effective.config, model.n_routed_experts)
         except CheckpointError as error:
-            raise ConfigError(f"{file}: {path} is {shown(directory)}, but {error}") from None
+            raise ConfigError(f"{shown_path(file)}: {path} is {json_line(directory)}, but {error}") from None
         except ConfigError as error:
-            raise ConfigError(f"{file}: {error}") from None
+            raise ConfigError(f"{shown_path(file)}: {error}") from None
 
 
 def _as_json(effective: Effective, warnings: list[str]) -> dict[str, object]:
@@ -82,7 +83,7 @@ def _print_lines(effective: Effective, warnings: list[str]) -> None:
     """One line for each field: its name and value as in GetConfig, and where it came from."""
     values = effective.config.model_dump(mode="json")
     for field, origin in effective.origins.items():
-        assignment = f"{field} = {shown(values[field], most=sys.maxsize)}"
+        assignment = f"{field} = {json_line(values[field], most=sys.maxsize)}"
         print(f"{assignment:<{WIDTH}}  {origin.kind:<11}  {origin.detail}")
     for warning in warnings:
         print(f"warning: {warning}")

@@ -169,6 +169,7 @@ class Epochs:
                         port=loaded.store_port,
                         prefix=prefix,
                         timeout_s=WORKER_LINK_TIMEOUT_S,
+                        exchange="links",
                     ),
                 ),
                 self._state.announce,

@@ -9,16 +9,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+from common.channel import Shutdown
 from common.config import Config, check_experts, fleet_token
 from common.errors import ConfigError, NotReady, StreamLost
 from common.grpc_server import RunningServer, start_server
 from common.interceptors import FleetTokenInterceptor
+from common.kept_child import KeptChild, Kind
 from common.model_config import ModelConfig
 from common.placement import contiguous
 from protos import admin_pb2_grpc, fleet_pb2_grpc, generation_pb2_grpc
 from protos import generation_pb2 as pb
 from router.front.admin_service import AdminService
-from router.front.engine_link import ENGINE_MODULE, EngineLink
 from router.front.epochs import EpochFacts, Epochs
 from router.front.fleet import Fleet
 from router.front.fleet_service import FleetService
@@ -29,6 +30,7 @@ from router.front.sampling_params import Limits
 from router.front.service_state import ServiceState
 from router.front.status import status_of
 from router.messages import (
+    TO_FRONT,
     AskProgress,
     Configure,
     Linked,
@@ -49,6 +51,7 @@ GENERATION = "expertmesh.v1.GenerationService"
 ADMIN = "expertmesh.v1.AdminService"
 FLEET = "expertmesh.v1.FleetService"
 READINESS = "readiness"
+ENGINE_MODULE = "router.engine_process"
 STOP_GRACE_S = 1.0
 ENGINE_GRACE_S = 5.0
 
@@ -73,7 +76,8 @@ class Front:
         self.state = ServiceState(needs_epoch=not config.experts_in_process)
         self.state.on_ready_change = self._ready_changed
         self.journal = Journal(config.max_queued_requests)
-        self.engine = EngineLink(self._configure(), self._from_engine, self._engine_ended, engine_module)
+        kind = Kind("the router's engine", engine_module, TO_FRONT, Loaded)
+        self.engine = KeptChild(kind, self._configure, self._from_engine, self._engine_ended)
         self.fleet = Fleet()
         self.heartbeats: Heartbeats | None = None
         self.epochs: Epochs | None = None
@@ -145,7 +149,7 @@ class Front:
             await self.heartbeats.stop()
 
     async def _end_engine(self, work: asyncio.Task[None]) -> None:
-        await self.engine.stop(ENGINE_GRACE_S)
+        await self.engine.stop(Shutdown(), ENGINE_GRACE_S)
         work.cancel()
         await asyncio.gather(work, return_exceptions=True)
 
@@ -255,6 +259,7 @@ class Front:
             max_batch_size=config.max_batch_size,
             max_prefill_tokens=config.max_prefill_tokens,
             ep_level=config.ep_level,
+            micro_batches=config.micro_batches,
             term=self.term,
             data_address=config.data_address,
             experts_in_process=config.experts_in_process,

@@ -7,7 +7,8 @@ H heads, C kv_lora_rank, R qk_rope_head_dim, S tokens of a sequence, N tokens th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ from router.kernels import RouterKernels
 from router.model.latent_cache import LatentCache
 from router.model.linear import Linear
 from router.model.rope import RotaryTable, softmax_scale
+
+Computation = Generator[None, None, Tensor]
+"""A computation that yields where it waits for rows that are away, so that another can go on meanwhile."""
 
 LATENT_NORM_EPS = 1e-6
 """DeepSeek's code gives the norms inside attention this value, whatever rms_norm_eps says."""
@@ -171,11 +175,14 @@ class MoE(nn.Module):
             MLP(config.hidden_size, shared_size, kernels, dtype) if num_shared else NoExperts()
         )
 
-    def forward(self, hidden_states: Tensor, exchange: RouterExchange) -> Tensor:  # [T, D] -> [T, D]
+    def forward(
+        self, hidden_states: Tensor, micro_batch: int, exchange: RouterExchange
+    ) -> Computation:  # [T, D] -> [T, D]
         """Send the rows away, compute the shared experts meanwhile, add what comes home."""
         topk_ids, topk_weights = self.gate(hidden_states)
-        dispatched = exchange.dispatch(self.layer_id, 0, hidden_states, topk_ids, topk_weights)
+        dispatched = exchange.dispatch(self.layer_id, micro_batch, hidden_states, topk_ids, topk_weights)
         shared = self.shared_experts(hidden_states)  # computed while the rows are away
+        yield  # so is what another micro-batch has to compute
         routed = exchange.combine(dispatched)  # float32: rows come home, weighted and summed
         # One rounding to the model's dtype, after the sum: the same bits however many workers took part.
         return (shared.float() + routed).to(hidden_states.dtype)
@@ -325,12 +332,14 @@ class DecoderLayer(nn.Module):
         batch: Batch,
         cache: LatentCache,
         exchange: RouterExchange,
-    ) -> Tensor:  # [T, D] -> [T, D]
-        """Compute one layer for all rows of the step."""
+    ) -> Computation:  # [T, D] -> [T, D]
+        """Compute one layer for all rows of a micro-batch."""
         attended = self.self_attn(self.input_layernorm(hidden_states), cos, sin, batch, cache)
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
-        return hidden_states + (self.mlp(normed, exchange) if self.has_experts else self.mlp(normed))
+        if self.has_experts:
+            return hidden_states + (yield from self.mlp(normed, batch.micro_batch, exchange))
+        return hidden_states + self.mlp(normed)
 
 
 class Embedding(nn.Module):
@@ -357,12 +366,12 @@ class DeepseekModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels, dtype)
         self.rotary = RotaryTable(config)
 
-    def forward(self, batch: Batch, cache: LatentCache, exchange: RouterExchange) -> Tensor:  # -> [B, D]
-        """Compute all rows; return those whose logits are wanted, normalized."""
+    def forward(self, batch: Batch, cache: LatentCache, exchange: RouterExchange) -> Computation:  # -> [B, D]
+        """Compute the rows of a micro-batch; return those whose logits are wanted, normalized."""
         hidden_states = self.embed_tokens(batch.input_ids)
         cos, sin = self.rotary.lookup(batch.positions, batch.num_positions)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, cos, sin, batch, cache, exchange)
+            hidden_states = yield from layer(hidden_states, cos, sin, batch, cache, exchange)
         return self.norm(hidden_states[batch.logits_rows])
 
 
@@ -382,14 +391,31 @@ class DeepseekForCausalLM(nn.Module):
 
     @torch.inference_mode()
     def forward(
-        self, batch: Batch, cache: LatentCache, exchange: RouterExchange
+        self, micro_batches: Sequence[Batch], cache: LatentCache, exchange: RouterExchange
     ) -> Tensor:  # -> [B, V] float32
         """Run one step; the exchange is an argument because each epoch brings another.
+
+        A sequence may go on in the next micro-batch: at every layer that one comes after the one before.
 
         Raises:
             WorkerLost: an expert worker did not answer. The step may run again: it writes the same rows.
         """
-        hidden_states = self.model(batch, cache, exchange)
+        hidden_states = torch.cat(take_turns([self.model(batch, cache, exchange) for batch in micro_batches]))
         if self.config.tie_word_embeddings:
             return self.kernels.linear(hidden_states, self.model.embed_tokens.weight, None).float()
         return self.lm_head(hidden_states).float()
+
+
+def take_turns(computations: Sequence[Computation]) -> list[Tensor]:
+    """Run computations side by side: where one waits for its rows, the next goes on."""
+    results: dict[int, Tensor] = {}
+    waiting = deque(enumerate(computations))
+    while waiting:
+        index, computation = waiting.popleft()
+        try:
+            next(computation)
+        except StopIteration as done:
+            results[index] = done.value
+        else:
+            waiting.append((index, computation))
+    return [results[index] for index in range(len(computations))]

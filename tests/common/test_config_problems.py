@@ -314,12 +314,12 @@ def test_a_bad_variable_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (b"{", "is no JSON: "),
         (b"\xff\xfe\xfd", "is no JSON: "),
         (b"[" * 100000, "is no JSON: "),
-        (b"[]", "holds list, but a configuration is a JSON object"),
+        (b"[]", "holds a list with 0 entries, but a configuration is a JSON object"),
         (
             b'{"ExpertMesh": {"fleetPort": 1, "fleetPort": 2}}',
-            "the key 'fleetPort' stands twice in one object",
+            'the key "fleetPort" stands twice in one object',
         ),
-        (b" " * (10 * 2**20 + 1), "is larger than 10485760 bytes"),
+        (b" " * (10 * 2**20 + 1), "has 10485761 bytes, but at most 10485760 are read"),
         (json.dumps({"Version": "\ud800"}).encode(), "the configuration is no valid JSON"),
     ],
     ids=lambda value: str(value)[:20],
@@ -337,5 +337,5 @@ def test_what_is_no_json_object_is_refused(tmp_path: Path, content: bytes, sente
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere.json cannot be read: No such file or directory$"):
         load_config(tmp_path / "nowhere.json")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="is not an ordinary file"):
         load_config(tmp_path)

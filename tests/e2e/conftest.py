@@ -8,12 +8,15 @@ import pytest
 
 from tests.tiny_checkpoint import write_checkpoint
 
+NUM_EXPERTS = 24
+"""1, 2, 3, 4 and 8 workers divide them."""
+
 
 @pytest.fixture(scope="session")
 def v3_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random-weight checkpoint with DeepSeek-V3's architecture and the real tokenizer."""
     directory = tmp_path_factory.mktemp("v3")
-    write_checkpoint(directory, family="v3")
+    write_checkpoint(directory, family="v3", n_routed_experts=NUM_EXPERTS)
     return directory
 
 
@@ -21,5 +24,5 @@ def v3_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def v2_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random-weight checkpoint with DeepSeek-V2's architecture and the real tokenizer."""
     directory = tmp_path_factory.mktemp("v2")
-    write_checkpoint(directory, family="v2")
+    write_checkpoint(directory, family="v2", n_routed_experts=NUM_EXPERTS)
     return directory

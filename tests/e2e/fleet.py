@@ -1,4 +1,4 @@
-"""Starts a whole fleet with `expertmesh up`, as a user would, and ends it. Real processes, real gRPC, free ports."""
+"""Starts a whole fleet with `expertmesh up`, as a user would, and ends it: real processes, real gRPC."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,13 +26,13 @@ READY = re.compile(r"^ready grpc=(\S+) admin=(\S+)")
 
 @dataclass
 class Answer:
-    """What one Generate call streamed."""
+    """What one Generate call streamed. How it finished holds times, which are not compared."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top: list[list[tuple[int, float]]] = field(default_factory=list)
-    finished: generation_pb2.Finished | None = None
+    finished: generation_pb2.Finished = field(default_factory=generation_pb2.Finished, compare=False)
 
 
 @dataclass
@@ -51,15 +51,17 @@ class Fleet:
         with grpc.insecure_channel(self.admin_address) as channel:
             return admin_pb2_grpc.AdminServiceStub(channel).GetStatus(admin_pb2.GetStatusRequest(), timeout=5)
 
-    def wait_until(self, claim: str, deadline_s: float = 60.0) -> admin_pb2.GetStatusResponse:
-        """Poll the status until the expression `claim` over `status` holds."""
+    def wait_until(
+        self, claim: Callable[[admin_pb2.GetStatusResponse], object], deadline_s: float = 60.0
+    ) -> admin_pb2.GetStatusResponse:
+        """Poll the status until the claim holds."""
         end = time.monotonic() + deadline_s
         while time.monotonic() < end:
             status = self.status()
-            if eval(claim, {"status": status}):  # noqa: S307 - our own test text
+            if claim(status):
                 return status
             time.sleep(0.05)
-        raise AssertionError(f"after {deadline_s} s not true: {claim}\n{status}\n{self.log()}")
+        raise AssertionError(f"still not so after {deadline_s} s:\n{status}\n{self.log()}")
 
     def executors(self) -> list[psutil.Process]:
         """The torch children of the expert workers, in the order of their parents' start."""
@@ -127,12 +129,18 @@ def fleet_of(model: Path, *flags: str, **environment: str) -> Iterator[Fleet]:
         addresses = _await_ready(process, stderr)
         fleet = Fleet(process, addresses[0], addresses[1], stderr)
         yield fleet
-        family = set(psutil.Process(process.pid).children(recursive=True)) if process.poll() is None else set()
+        family = (
+            set(psutil.Process(process.pid).children(recursive=True)) if process.poll() is None else set()
+        )
     finally:
         _end(process)
-        gone, alive = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
+        collector.join(STOP_TIMEOUT_S)
+        _, alive = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
         for one in alive:
             one.kill()
+        for pipe in (process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
     if alive:
         raise AssertionError(f"still alive after `expertmesh up` ended: {alive}")
 
@@ -155,7 +163,9 @@ def _await_ready(process: subprocess.Popen[str], stderr: list[str]) -> tuple[str
     reader.start()
     reader.join(START_TIMEOUT_S)
     if not found:
-        raise AssertionError(f"`expertmesh up` did not get ready (exit {process.poll()}):\n{''.join(stderr[-80:])}")
+        raise AssertionError(
+            f"`expertmesh up` did not get ready (exit {process.poll()}):\n{''.join(stderr[-80:])}"
+        )
     return found[0]
 
 

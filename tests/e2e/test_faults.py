@@ -1,4 +1,4 @@
-"""Workers that die or stall: streams end with the reason, and the fleet serves again. Nothing stays behind."""
+"""Workers that die or stall: streams end with the reason, the fleet serves again, nothing stays behind."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROMPT = "Nothing is dropped silently, and"
 
 def reason_of(error: grpc.RpcError) -> str:
     """The ErrorInfo reason of a failed call."""
-    status = rpc_status.from_call(error)
+    status = rpc_status.from_call(error)  # type: ignore[arg-type] # the call is its own error
     for detail in status.details if status else ():
         found = error_details_pb2.ErrorInfo()
         if detail.Unpack(found):
@@ -35,7 +35,7 @@ def lose_a_worker(fleet: Fleet, how: signal.Signals) -> tuple[grpc.RpcError, flo
     """Signal an executor in the middle of a stream; return the stream's error and how long it took to end."""
     with ThreadPoolExecutor(1) as pool:
         stream = pool.submit(generate, fleet, PROMPT, **LONG)
-        fleet.wait_until("status.num_requests_running == 1 and status.num_steps > 3")
+        fleet.wait_until(lambda status: status.num_requests_running == 1 and status.num_steps > 3)
         fleet.executors()[1].send_signal(how)
         sent = time.monotonic()
         error = stream.exception(timeout=30)
@@ -56,9 +56,9 @@ def test_a_lost_worker_ends_streams_unavailable_and_the_fleet_serves_again(
         assert error.code() == grpc.StatusCode.UNAVAILABLE, error
         assert reason_of(error) == "WORKER_LOST"
         for word in ("worker", "layer", "phase"):
-            assert word in error.details()
+            assert word in (error.details() or "")
         assert took_s < 5
-        status = fleet.wait_until(f"status.ready and status.epoch > {epoch}")
+        status = fleet.wait_until(lambda status: status.ready and status.epoch > epoch)
         assert status.kv_blocks_used == 0
         assert generate(fleet, PROMPT, **SHORT) == before
 
@@ -68,8 +68,8 @@ def test_an_engine_that_dies_is_started_again(v3_model: Path) -> None:
     with fleet_of(v3_model, "--expert-workers", "2") as fleet:
         before = generate(fleet, PROMPT, **SHORT)
         fleet.engine().kill()
-        fleet.wait_until("not status.ready")
-        fleet.wait_until("status.ready")
+        fleet.wait_until(lambda status: not status.ready)
+        fleet.wait_until(lambda status: status.ready)
         assert generate(fleet, PROMPT, **SHORT) == before
 
 
@@ -80,13 +80,13 @@ def test_while_a_worker_is_missing_requests_are_refused_with_the_reason(v3_model
         assert agent is not None
         agent.suspend()
         try:
-            fleet.wait_until("not status.ready and status.not_ready_reason")
+            fleet.wait_until(lambda status: not status.ready and status.not_ready_reason)
             with pytest.raises(grpc.RpcError) as caught:
                 generate(fleet, PROMPT, **SHORT)
             assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
         finally:
             agent.resume()
-        fleet.wait_until("status.ready")
+        fleet.wait_until(lambda status: status.ready)
         assert generate(fleet, PROMPT, **SHORT).token_ids
 
 
@@ -122,7 +122,9 @@ def test_cancelled_and_overdue_calls_free_their_blocks(v3_model: Path) -> None:
         with pytest.raises(grpc.RpcError) as caught:
             generate(fleet, PROMPT, timeout=1.0, **{**LONG, "max_tokens": 4000})
         assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-        fleet.wait_until("status.kv_blocks_used == 0 and status.num_requests_running == 0", deadline_s=5)
+        fleet.wait_until(
+            lambda status: status.kv_blocks_used == 0 and status.num_requests_running == 0, deadline_s=5
+        )
 
 
 @pytest.mark.e2e

@@ -1,4 +1,4 @@
-"""The same tokens and the same bits, whatever the level, the number of workers, and the company in the batch."""
+"""The same tokens and the same bits, whatever the level, the number of workers and the batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ PROMPTS = (
     "x",
 )
 GREEDY = {"temperature": 0.0, "max_tokens": 24, "ignore_eos": True, "logprobs": 2}
-SAMPLED = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "seed": 7, "max_tokens": 24, "ignore_eos": True, "logprobs": 0}
+SAMPLED = {
+    "temperature": 0.9,
+    "top_k": 40,
+    "top_p": 0.95,
+    "seed": 7,
+    "max_tokens": 24,
+    "ignore_eos": True,
+    "logprobs": 0,
+}
 
 
 def fingerprint(answer: Answer) -> tuple[object, ...]:

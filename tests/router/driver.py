@@ -42,7 +42,7 @@ class NaiveExchange:
             )
             for layer_id in config.moe_layer_ids
         }
-        self._sums: dict[int, Tensor] = {}
+        self._sums: dict[tuple[int, int], Tensor] = {}
 
     def begin(self, header: StepHeader) -> None:
         raise NotImplementedError
@@ -60,11 +60,11 @@ class NaiveExchange:
         total = products.new_zeros(num_tokens, hidden_states.shape[1], dtype=torch.float64)
         for slot in range(num_chosen):
             total += products[:, slot]
-        self._sums[layer_id] = total.float()
+        self._sums[layer_id, micro_batch] = total.float()
         return Dispatched(layer_id, micro_batch, num_tokens)
 
     def combine(self, dispatched: Dispatched) -> Tensor:
-        return self._sums.pop(dispatched.layer_id)
+        return self._sums.pop((dispatched.layer_id, dispatched.micro_batch))
 
     def close(self) -> None:
         self._sums.clear()
@@ -73,11 +73,14 @@ class NaiveExchange:
 class Driver:
     """A loaded model with a cache of its own and the experts in the same process."""
 
-    def __init__(self, directory: Path, dtype: str = "auto", num_blocks: int = 512) -> None:
+    def __init__(
+        self, directory: Path, dtype: str = "auto", num_blocks: int = 512, micro_batches: int = 1
+    ) -> None:
         self.model = load_model(directory, dtype, "cpu", lambda loaded, total: None)
         self.config = self.model.config
         self.cache = LatentCache(self.config, num_blocks, BLOCK_SIZE, self.model.dtype, "cpu")
         self.exchange = NaiveExchange(directory, self.config, self.model.dtype)
+        self.micro_batches = micro_batches
         self._free = list(range(num_blocks - 1, -1, -1))
         self._ids = itertools.count()
 
@@ -93,7 +96,9 @@ class Driver:
 
     def step(self, *chunks: Chunk) -> Tensor:
         """Compute the chunks together; return the logits of those that sample."""
-        return self.model(build_batch(Plan(chunks), BLOCK_SIZE, "cpu"), self.cache, self.exchange)
+        parts = Plan(chunks).split(self.micro_batches)
+        batches = [build_batch(part, BLOCK_SIZE, "cpu", number) for number, part in enumerate(parts)]
+        return self.model(batches, self.cache, self.exchange)
 
     def finish(self, *sequences: Sequence, chunk_size: int | None = None) -> Tensor:
         """Compute all that is pending, `chunk_size` tokens of each a step; return the last logits."""

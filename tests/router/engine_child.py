@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.channel import decode, encode
-from router.messages import TO_FRONT, Configure, Fatal, Loaded, Lost, Rejected, Stats, Submit, Tokens
+from common.channel import Fatal, decode, encode
+from router.messages import TO_FRONT, Configure, Loaded, Lost, Rejected, Stats, Submit, Tokens
 
 START_TIMEOUT_S = 60.0
 ANSWER_TIMEOUT_S = 60.0
@@ -122,6 +122,7 @@ def configure(model_path: Path, **overrides: Any) -> Configure:
         "max_batch_size": 8,
         "max_prefill_tokens": 64,
         "ep_level": 2,
+        "micro_batches": 1,
         "term": 1,
         "data_address": "127.0.0.1",
         "experts_in_process": True,

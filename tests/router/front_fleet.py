@@ -104,7 +104,7 @@ class Running:
         self, claim: Callable[[admin_pb2.GetStatusResponse], bool], timeout_s: float = 20.0
     ) -> admin_pb2.GetStatusResponse:
         async with asyncio.timeout(timeout_s):
-            while not claim(status := await self.status()):  # noqa: ASYNC110
+            while not claim(status := await self.status()):
                 await asyncio.sleep(0.02)
         return status
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
+
 from router.batch import build_batch
 from router.plan import Chunk, Plan
 from router.sequence import Sequence
@@ -44,3 +47,26 @@ def test_a_step_without_decoding_has_empty_tensors() -> None:
 def test_blocks_reserved_for_later_tokens_are_left_out() -> None:
     batch = build_batch(Plan((Chunk(sequence(5, 4, [3, 4, 5, 6]), 4, 1, True),)), 4, "cpu")
     assert batch.block_tables.tolist() == [[3, 4]]
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 7, 40])
+def test_a_plan_that_is_cut_computes_the_same_tokens_in_the_same_order(num_parts: int) -> None:
+    plan = Plan(
+        (
+            Chunk(sequence(9, 9, [1, 2, 3]), 2, 7, True),
+            Chunk(sequence(4, 3, [4]), 3, 1, True),
+            Chunk(sequence(12, 12, [5, 6, 7]), 0, 6, False),
+        )
+    )
+    parts = plan.split(num_parts)
+    assert len(parts) == min(num_parts, plan.num_tokens)
+    lengths = [part.num_tokens for part in parts]
+    assert min(lengths) >= 1
+    assert max(lengths) - min(lengths) <= 1
+    batches = [build_batch(part, 4, "cpu", number) for number, part in enumerate(parts)]
+    assert [batch.micro_batch for batch in batches] == list(range(len(parts)))
+    whole = build_batch(plan, 4, "cpu")
+    for name in ("input_ids", "positions", "slot_mapping"):
+        cut = torch.cat([getattr(batch, name) for batch in batches])
+        assert torch.equal(cut, getattr(whole, name))
+    assert [one for part in parts for one in part.sampled] == list(plan.sampled)

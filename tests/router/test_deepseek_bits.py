@@ -100,3 +100,13 @@ def test_what_stood_in_the_blocks_before_changes_no_bit(driver: Driver, alone: l
     sequence = Sequence("reuses", prompt, len(prompt), 1)
     sequence.block_table = used.block_table[::-1][:3]
     assert torch.equal(driver.step(Chunk(sequence, 0, len(prompt), True))[0], alone[4])
+
+
+@pytest.mark.parametrize("micro_batches", [2, 3])
+def test_micro_batches_change_no_bit(driver: Driver, alone: list[Tensor], micro_batches: int) -> None:
+    driver.micro_batches = micro_batches
+    try:
+        sequences = [driver.sequence(prompt) for prompt in random_prompts(LENGTHS, VOCAB_SIZE)]
+        assert torch.equal(driver.finish(*sequences), torch.stack(alone))
+    finally:
+        driver.micro_batches = 1

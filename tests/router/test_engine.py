@@ -53,7 +53,12 @@ class ScriptedExchange:
         self.is_closed = True
 
 
-def stand_in(batch: Batch, cache: LatentCache, exchange: RouterExchange) -> Tensor:
+def stand_in(batches: Sequence[Batch], cache: LatentCache, exchange: RouterExchange) -> Tensor:
+    """What a model computes, one micro-batch after the other."""
+    return torch.cat([stand_in_for_one(batch, cache, exchange) for batch in batches])
+
+
+def stand_in_for_one(batch: Batch, cache: LatentCache, exchange: RouterExchange) -> Tensor:
     """Logits [B, V] as a function of all tokens up to a row, read back from the paged cache."""
     slots = cache.layer(0).reshape(-1, 2)
     slots[batch.slot_mapping, 0] = batch.input_ids.float()
@@ -87,7 +92,7 @@ def _logits(context: Sequence[float]) -> Tensor:
 class Bench:
     """An engine, and what it said."""
 
-    def __init__(self, limits: Limits = ROOMY) -> None:
+    def __init__(self, limits: Limits = ROOMY, micro_batches: int = 1) -> None:
         config = ModelConfig.model_construct(num_hidden_layers=1, kv_lora_rank=1, qk_rope_head_dim=1)
         self.sent: list[Any] = []
         self.scheduler = Scheduler(limits)
@@ -99,6 +104,7 @@ class Bench:
             device=torch.device("cpu"),
             term=9,
             ep_level=2,
+            micro_batches=micro_batches,
             send=self.sent.append,
         )
 
@@ -207,6 +213,21 @@ def test_step_headers_carry_term_epoch_growing_ids_and_the_number_of_tokens() ->
     assert second.headers == [StepHeader(9, 5, 2, 2, 6), StepHeader(9, 5, 3, 2, 1)]
     assert first.is_closed
     assert not second.is_closed
+
+
+@pytest.mark.parametrize("micro_batches", [2, 3])
+def test_a_step_that_is_cut_gives_the_same_answers_and_announces_its_largest_part(micro_batches: int) -> None:
+    whole, cut = Bench(), Bench(micro_batches=micro_batches)
+    exchange = cut.adopt()
+    whole.adopt()
+    for bench in (whole, cut):
+        for index, num_prompt_tokens in enumerate((70, 3, 19)):
+            bench.engine.submit(request(f"r{index}", num_prompt_tokens, max_tokens=5))
+        bench.run()
+    tokens = [[m for m in bench.sent if isinstance(m, Tokens)] for bench in (whole, cut)]
+    assert tokens[0] == tokens[1]
+    first = exchange.headers[0]
+    assert (first.micro_batches, first.num_tokens) == (micro_batches, -(-64 // micro_batches))
 
 
 def test_answers_go_on_unchanged_when_a_new_epoch_takes_over_between_two_steps() -> None:

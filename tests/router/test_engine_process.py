@@ -10,14 +10,13 @@ from typing import Any
 import psutil
 import pytest
 
+from common.channel import Fatal, Shutdown
 from router.messages import (
     Abort,
     Connect,
-    Fatal,
     LinkFailed,
     Loaded,
     Rejected,
-    Shutdown,
     Stats,
     Submit,
     Tokens,

@@ -143,7 +143,7 @@ async def test_abort_finishes_the_stream_as_aborted(tmp_path: Path) -> None:
         request.request_id = "mine"
         task = asyncio.create_task(answer(running, request))
         async with asyncio.timeout(5):
-            while len(running.front.journal) == 0:  # noqa: ASYNC110
+            while len(running.front.journal) == 0:
                 await asyncio.sleep(0.01)
         again = await refusal(running, request)
         assert detail_of(again, error_details_pb2.BadRequest).field_violations[0].field == "request_id"
@@ -181,12 +181,14 @@ async def test_streams_end_unavailable_when_the_engine_dies_and_the_next_engine_
 async def test_an_engine_that_is_killed_is_started_again(tmp_path: Path) -> None:
     async with running_front(front_config(tmp_path, 0)) as running:
         await running.until_ready()
-        pid = running.front.engine.pid
-        assert pid is not None
-        os.kill(pid, signal.SIGKILL)
+        first = running.front.engine.child
+        assert first is not None
+        os.kill(first.pid, signal.SIGKILL)
         await running.until(lambda status: status.engine_state == "restarting")
         await running.until_ready()
-        assert running.front.engine.pid != pid
+        second = running.front.engine.child
+        assert second is not None
+        assert second.pid != first.pid
 
 
 async def test_draining_refuses_new_requests_and_lets_running_ones_finish(tmp_path: Path) -> None:
@@ -194,7 +196,7 @@ async def test_draining_refuses_new_requests_and_lets_running_ones_finish(tmp_pa
         await running.until_ready()
         task = asyncio.create_task(answer(running, request_of([SLOW], max_tokens=6, ignore_eos=True)))
         async with asyncio.timeout(5):
-            while len(running.front.journal) == 0:  # noqa: ASYNC110
+            while len(running.front.journal) == 0:
                 await asyncio.sleep(0.01)
         draining = asyncio.create_task(running.front.drain(10))
         await running.until(lambda status: not status.ready)

@@ -1,0 +1,78 @@
+"""An expert worker without experts, for timing the exchange alone: rows go home as they came.
+
+`python -m benchmarks.echo_worker JSON` joins a router over links and over a collective and serves both.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from dataclasses import asdict, dataclass
+
+import torch
+
+from common import process_group
+from common.exchange import ExpertExchange
+from common.exchange.collective import CollectiveExpertExchange, join_group
+from common.exchange.links import LinksExpertExchange
+from common.exchange.routing import RowShape
+from common.placement import Placement, contiguous
+from expert_worker.step_loop import serve
+
+HOST = "127.0.0.1"
+LAYER, TERM, EPOCH, INCARNATION, JOIN_S = 1, 1, 1, 1, 120.0
+DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """One group: how many workers, experts, choices per token, and the length of a row."""
+
+    port: int
+    ep_size: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+    hidden_size: int
+
+    @property
+    def placement(self) -> Placement:
+        """Contiguous, one layer."""
+        return contiguous(self.n_routed_experts, self.ep_size, [LAYER])
+
+    @property
+    def shape(self) -> RowShape:
+        """Of every row."""
+        return RowShape(self.hidden_size, self.num_experts_per_tok, DTYPE)
+
+
+def start(bench: Bench, ep_rank: int) -> subprocess.Popen[bytes]:
+    """Start one worker process."""
+    spec = json.dumps({**asdict(bench), "ep_rank": ep_rank})
+    return subprocess.Popen([sys.executable, "-m", "benchmarks.echo_worker", spec])
+
+
+def main() -> None:
+    """Serve until killed."""
+    torch.set_num_threads(1)
+    spec = json.loads(sys.argv[1])
+    ep_rank = spec.pop("ep_rank")
+    bench = Bench(**spec)
+    experts = bench.placement.experts_of(ep_rank)
+    links = LinksExpertExchange(lambda *_: None)
+    link = process_group.join_pair(HOST, bench.port, f"link-{ep_rank}", 1, JOIN_S, HOST)
+    links.add_router(TERM, EPOCH, INCARNATION, link, bench.shape, experts)
+    collective = CollectiveExpertExchange(lambda *_: None)
+    group = join_group(HOST, bench.port, "group", 1 + ep_rank, 1 + bench.ep_size, JOIN_S, HOST)
+    collective.add_router(TERM, EPOCH, INCARNATION, group, bench.shape, experts)
+    ends: tuple[ExpertExchange, ...] = (links, collective)
+    for exchange in ends:
+        threading.Thread(
+            target=serve, args=(exchange, lambda received: received.rows, lambda: False), daemon=True
+        ).start()
+    threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()

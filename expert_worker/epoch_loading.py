@@ -1,0 +1,132 @@
+"""Prepares an epoch beside the running ones: loads what is missing, joins the link, hands both over."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from common import process_group
+from common.errors import ExpertMeshError
+from common.exchange.links import LinksExpertExchange
+from common.exchange.routing import RowShape
+from common.model_config import ModelConfig
+from expert_worker.experts import LayerExperts
+from expert_worker.messages import Linked, Loaded, Loading, Prepare, PrepareFailed
+from expert_worker.shard import DTYPES, Shard, ShardSource
+
+logger = logging.getLogger(__name__)
+
+LOADING_INTERVAL_S = 0.2
+"""Shortest time between two Loading messages."""
+
+Layers = dict[int, LayerExperts]
+"""The experts of an epoch: layer_id -> experts."""
+
+
+class Superseded(ExpertMeshError):
+    """A later epoch of the same term was asked for meanwhile."""
+
+
+class EpochLoading:
+    """Takes Prepare messages, one thread each; only the last of a term gets as far as its link."""
+
+    def __init__(
+        self,
+        shard: Shard,
+        exchange: LinksExpertExchange,
+        data_address: str,
+        on_loaded: Callable[[int, int, Layers], None],
+        send: Callable[[object], None],
+    ) -> None:
+        """Prepare for epochs.
+
+        Args:
+            shard: the experts in memory.
+            exchange: where a link goes when it is up.
+            data_address: of this host.
+            on_loaded: gets (term, epoch, layers) before the first rows of the epoch can arrive.
+            send: to the agent, from any thread.
+        """
+        self._shard = shard
+        self._exchange = exchange
+        self._data_address = data_address
+        self._on_loaded = on_loaded
+        self._send = send
+        self._newest: dict[int, int] = {}
+        # Epochs load one after another: two at a time would hold what neither needs any more.
+        self._turn = threading.Lock()
+
+    def prepare(self, message: Prepare) -> None:
+        """Begin; answered by Loading..., Loaded, Linked, or by PrepareFailed."""
+        self._newest[message.term] = message.epoch
+        threading.Thread(
+            target=self._run, args=(message,), name=f"prepare-{message.term}-{message.epoch}", daemon=True
+        ).start()
+
+    def forget(self, term: int) -> None:
+        """A router is gone: give up what is being prepared for it."""
+        self._newest.pop(term, None)
+
+    def _run(self, message: Prepare) -> None:
+        try:
+            with self._turn:
+                self._load(message)
+            self._join(message)
+        except Exception as error:
+            # Whatever went wrong, the agent must hear of it; weights and links in force are untouched.
+            if not isinstance(error, ExpertMeshError):
+                logger.error("preparing epoch %d failed", message.epoch, exc_info=error)
+            self._send(PrepareFailed(message.term, message.epoch, type(error).__name__, str(error)))
+
+    def _load(self, message: Prepare) -> None:
+        sent_at = 0.0
+
+        def on_progress(loaded_bytes: int, total_bytes: int) -> None:
+            nonlocal sent_at
+            self._check(message)
+            now = time.monotonic()
+            if now - sent_at >= LOADING_INTERVAL_S:
+                sent_at = now
+                self._send(Loading(message.term, message.epoch, loaded_bytes, total_bytes))
+
+        source = ShardSource(Path(message.model_path), message.dtype)
+        layers = self._shard.hold(source, experts_of(message), on_progress)
+        self._on_loaded(message.term, message.epoch, layers)
+        self._send(Loaded(message.term, message.epoch, self._shard.loaded_bytes))
+
+    def _join(self, message: Prepare) -> None:
+        config = ModelConfig.from_directory(Path(message.model_path))
+        shape = RowShape(config.hidden_size, config.num_experts_per_tok, DTYPES[message.dtype])
+        link = process_group.join_pair(
+            message.host,
+            message.port,
+            prefix=message.prefix,
+            rank=1,
+            timeout_s=message.timeout_s,
+            data_address=self._data_address,
+        )
+        try:
+            self._check(message)
+            self._exchange.add_router(
+                message.term, message.epoch, message.incarnation, link, shape, experts_of(message)
+            )
+        except BaseException:
+            link.close()
+            raise
+        self._send(Linked(message.term, message.epoch))
+
+    def _check(self, message: Prepare) -> None:
+        if self._newest.get(message.term) != message.epoch:
+            raise Superseded(f"epoch {message.epoch} of term {message.term} was superseded or given up")
+
+
+def experts_of(message: Prepare) -> dict[int, tuple[int, ...]]:
+    """The experts an epoch gives to this worker: layer_id -> checkpoint indices in local order."""
+    experts: dict[int, tuple[int, ...]] = {}
+    for layer_id, own in message.layers:
+        if isinstance(layer_id, int) and isinstance(own, list):
+            experts[layer_id] = tuple(own)
+    return experts

@@ -1,0 +1,132 @@
+"""The routed experts that a worker has in memory, read from the checkpoint one by one.
+
+Shapes: D hidden_size, F moe_intermediate_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.checkpoint import Checkpoint
+from common.errors import CheckpointError
+from common.model_config import ModelConfig
+from expert_worker.experts import LayerExperts
+from expert_worker.kernels import ExpertKernels, PackedExperts
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+Expert = tuple[int, int]
+"""layer_id, and the expert's index in the checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSource:
+    """Where experts come from and what they become. `dtype` is "float32" or "bfloat16"."""
+
+    model_path: Path
+    dtype: str
+
+
+class Shard:
+    """Experts of one checkpoint. What a new epoch shares with the last one is not read again.
+
+    Attributes:
+        loaded_bytes: bytes of weights in memory.
+    """
+
+    def __init__(self, kernels: ExpertKernels, device: torch.device) -> None:
+        self._kernels = kernels
+        self._device = device
+        self._source: ShardSource | None = None
+        self._experts: dict[Expert, PackedExperts] = {}
+        self._num_bytes: dict[Expert, int] = {}
+        self.loaded_bytes = 0
+
+    def hold(
+        self,
+        source: ShardSource,
+        experts: Mapping[int, tuple[int, ...]],
+        on_progress: Callable[[int, int], None],
+    ) -> dict[int, LayerExperts]:
+        """Read what is missing, let go of what is not wanted, and return the experts of each layer.
+
+        Whoever still computes with experts that are let go keeps them alive until it is done.
+
+        Args:
+            source: the checkpoint; another one than before replaces everything.
+            experts: layer_id -> checkpoint indices, in local order.
+            on_progress: called with the bytes in memory and in all; what it raises ends the loading.
+
+        Raises:
+            CheckpointError: an expert is missing, or not of the shape config.json says.
+        """
+        reader = _ExpertReader(source, experts)
+        self._let_go(set(reader.wanted) if source == self._source else set())
+        self._source = source
+        total = sum(reader.num_bytes(expert) for expert in reader.wanted)
+        on_progress(self.loaded_bytes, total)
+        for expert in reader.wanted:
+            if expert not in self._experts:
+                gate, up, down = (tensor.to(self._device) for tensor in reader.read(expert))
+                self._experts[expert] = self._kernels.pack([gate], [up], [down])
+                self._num_bytes[expert] = reader.num_bytes(expert)
+                self.loaded_bytes += self._num_bytes[expert]
+                on_progress(self.loaded_bytes, total)
+        return {layer_id: self._layer(layer_id, own) for layer_id, own in experts.items()}
+
+    def _layer(self, layer_id: int, own: tuple[int, ...]) -> LayerExperts:
+        held = [self._experts[layer_id, expert] for expert in own]
+        packed = PackedExperts(
+            tuple(one for each in held for one in each.gate_up),
+            tuple(one for each in held for one in each.down),
+        )
+        return LayerExperts(own, packed, self._kernels)
+
+    def _let_go(self, wanted: set[Expert]) -> None:
+        for expert in self._experts.keys() - wanted:
+            del self._experts[expert]
+            self.loaded_bytes -= self._num_bytes.pop(expert)
+
+
+class _ExpertReader:
+    """Reads experts of a checkpoint and converts them on the way."""
+
+    def __init__(self, source: ShardSource, experts: Mapping[int, tuple[int, ...]]) -> None:
+        if source.dtype not in DTYPES:
+            raise CheckpointError(
+                f"experts cannot be computed in {source.dtype!r}: choose float32 or bfloat16 with --dtype"
+            )
+        self._dtype = DTYPES[source.dtype]
+        self._config = ModelConfig.from_directory(source.model_path)
+        self._checkpoint = Checkpoint(source.model_path)
+        self.wanted = [(layer_id, expert) for layer_id, own in experts.items() for expert in own]
+        for layer_id, expert in self.wanted:
+            if layer_id not in self._config.moe_layer_ids or expert >= self._config.n_routed_experts:
+                raise CheckpointError(
+                    f"expert {expert} of layer {layer_id} was assigned to this worker, but "
+                    f"{source.model_path} has {self._config.n_routed_experts} experts in layers "
+                    f"{list(self._config.moe_layer_ids)}: give router and workers the same checkpoint"
+                )
+
+    def num_bytes(self, expert: Expert) -> int:
+        """What the expert takes in memory."""
+        return sum(self._checkpoint.num_elements(name) for name, _ in self._parts(expert)) * (
+            self._dtype.itemsize
+        )
+
+    def read(self, expert: Expert) -> Iterator[Tensor]:
+        """gate_proj [F, D], up_proj [F, D] and down_proj [D, F] of one expert, in the dtype they become."""
+        for name, shape in self._parts(expert):
+            yield self._checkpoint.tensor(name, shape).to(self._dtype)
+
+    def _parts(self, expert: Expert) -> Iterator[tuple[str, tuple[int, int]]]:
+        hidden_size, intermediate = self._config.hidden_size, self._config.moe_intermediate_size
+        prefix = f"model.layers.{expert[0]}.mlp.experts.{expert[1]}"
+        yield f"{prefix}.gate_proj.weight", (intermediate, hidden_size)
+        yield f"{prefix}.up_proj.weight", (intermediate, hidden_size)
+        yield f"{prefix}.down_proj.weight", (hidden_size, intermediate)
