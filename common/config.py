@@ -1,158 +1,209 @@
 """What the operator chose: a JSON file in MindIE's layout plus section `ExpertMesh`, as one frozen `Config`.
 
 `load_config(path, overrides)`: defaults < file < EXPERTMESH_... of the environment < overrides. These map
-JSON paths to values: {"ServerConfig.port": 0, "ModelConfig.worldSize": 4, "ExpertMesh.fleetPort": 0}.
+keys to values: {"ServerConfig.port": 0, "ModelConfig.worldSize": 4, "ExpertMesh.fleetPort": 0}.
+`resolve` says in addition where each value came from. docs/configuration.md describes every key.
 
-| field of Config         | from                                     | default                              |
-|-------------------------|------------------------------------------|--------------------------------------|
-| host, port              | ServerConfig.ipAddress, .port            | 127.0.0.1, 1025 (0: any free port)   |
-| management_host, _port  | ServerConfig.managementIpAddress, ...Port| 127.0.0.1, 1026                      |
-| model_name              | ModelConfig.modelName                    | "deepseek"                           |
-| model_path              | ModelConfig.modelWeightPath              | None: not said                       |
-| world_size              | ModelConfig.worldSize                    | moe_ep * moe_tp, or 2                |
-| moe_ep, moe_tp          | ModelConfig.moe_ep, .moe_tp              | world_size / the other; moe_tp is 1  |
-| ep_level                | models.deepseekv2.ep_level               | 1                                    |
-| kv_cache_bytes          | ModelConfig.cpuMemSize (GB)              | 1 GB                                 |
-| max_seq_len             | ModelDeployConfig.maxSeqLen              | None: what the checkpoint allows     |
-| max_input_token_len     | ModelDeployConfig.maxInputTokenLen       | None: max_seq_len - 1                |
-| truncation              | ModelDeployConfig.truncation             | 0 refuse; -1 cut right; 1 cut left   |
-| block_size              | ScheduleConfig.cacheBlockSize            | 128                                  |
-| max_prefill_tokens      | ScheduleConfig.maxPrefillTokens          | 8192                                 |
-| max_batch_size          | ScheduleConfig.maxBatchSize              | 200                                  |
-| max_iter_times          | ScheduleConfig.maxIterTimes              | None: no bound on generated tokens   |
-| fleet_host, fleet_port  | ExpertMesh.fleetAddress, .fleetPort      | data_address, 1028                   |
-| data_address            | ExpertMesh.dataAddress                   | 127.0.0.1                            |
-| device, dtype           | ExpertMesh.device, .dtype                | "cpu", "auto"                        |
-| micro_batches           | ExpertMesh.microBatches                  | 1: a step is not cut                 |
-| experts_in_process      | worldSize 0 or ExpertMesh.expertsInProcess| False; True: no expert workers       |
-| threads                 | ExpertMesh.threads                       | None: torch's default                |
-| register_timeout_s      | ExpertMesh.registerTimeoutSeconds        | 60.0                                 |
-| deadline_floor_s        | ExpertMesh.deadlineFloorSeconds          | 0.25                                 |
-| drain_timeout_s         | ExpertMesh.drainTimeoutSeconds           | 30.0                                 |
-| log_level               | ExpertMesh.logLevel                      | "info"                               |
-| max_queued_requests     | ExpertMesh.maxQueuedRequests             | 1000                                 |
-| fleet_token_file        | ExpertMesh.fleetTokenFile                | None; read with fleet_token(config)  |
-| router                  | ExpertMesh.router (workers: HOST:PORT)   | None: not said                       |
-| worker_id               | ExpertMesh.workerId                      | None: the worker makes one           |
-| agent_host, agent_port  | ExpertMesh.agentAddress, .agentPort      | data_address, 0                      |
-| advertise_address       | ExpertMesh.advertiseAddress (HOST[:PORT])| None: where the agent listens        |
-| warnings                | what is in the file and does not act     | ()                                   |
+| field of Config                  | from                                      | default                    |
+|----------------------------------|-------------------------------------------|----------------------------|
+| host, port                       | ServerConfig.ipAddress, .port             | 127.0.0.1, 1025 (0: free)  |
+| management_host                  | ServerConfig.managementIpAddress          | 127.0.0.1                  |
+| management_port                  | ServerConfig.managementPort               | 1026 (0: free)             |
+| model_name                       | ModelConfig.modelName                     | "deepseek"                 |
+| model_path                       | ModelConfig.modelWeightPath               | None: not said             |
+| world_size                       | ModelConfig.worldSize                     | moe_ep * moe_tp, or 2      |
+| moe_ep, moe_tp                   | ModelConfig.moe_ep, .moe_tp               | world_size / the other, 1  |
+| ep_level                         | models.deepseekv2, by the same name       | 1                          |
+| enable_init_routing_cutoff       | models.deepseekv2, by the same name       | False                      |
+| topk_scaling_factor              | models.deepseekv2, by the same name       | None                       |
+| alltoall_ep_buffer_scale_factors | models.deepseekv2, by the same name       | MindIE's documented table  |
+| kv_cache_bytes                   | ModelConfig.cpuMemSize (GB)               | 1 GB                       |
+| max_seq_len                      | ModelDeployConfig.maxSeqLen               | None: as the checkpoint    |
+| max_input_token_len              | ModelDeployConfig.maxInputTokenLen        | None: max_seq_len - 1      |
+| truncation                       | ModelDeployConfig.truncation              | 0 (-1: cut right, 1: left) |
+| block_size                       | ScheduleConfig.cacheBlockSize             | 128                        |
+| max_prefill_tokens               | ScheduleConfig.maxPrefillTokens           | 8192                       |
+| max_batch_size                   | ScheduleConfig.maxBatchSize               | 200                        |
+| max_iter_times                   | ScheduleConfig.maxIterTimes               | None: no bound on answers  |
+| fleet_host, fleet_port           | ExpertMesh.fleetAddress, .fleetPort       | data_address, 1028         |
+| data_address                     | ExpertMesh.dataAddress                    | 127.0.0.1                  |
+| device, dtype                    | ExpertMesh.device, .dtype                 | "cpu", "auto"              |
+| micro_batches                    | ExpertMesh.microBatches                   | 1: a step is not cut       |
+| grouped_matmul, topology         | ExpertMesh.groupedMatmul, .topology       | "auto"                     |
+| cutoff_min_rows                  | ExpertMesh.cutoffMinRows                  | 4096                       |
+| experts_in_process               | ExpertMesh.expertsInProcess, worldSize 0  | False; True: no workers    |
+| threads                          | ExpertMesh.threads                        | None: torch's default      |
+| register_timeout_s               | ExpertMesh.registerTimeoutSeconds         | 60.0                       |
+| deadline_floor_s                 | ExpertMesh.deadlineFloorSeconds           | 0.25                       |
+| drain_timeout_s                  | ExpertMesh.drainTimeoutSeconds            | 30.0                       |
+| log_level                        | ExpertMesh.logLevel                       | "info"                     |
+| max_queued_requests              | ExpertMesh.maxQueuedRequests              | 1000                       |
+| fleet_token_file                 | ExpertMesh.fleetTokenFile                 | None; see fleet_token()    |
+| router                           | ExpertMesh.router (workers: HOST:PORT)    | None: not said             |
+| worker_id                        | ExpertMesh.workerId                       | None: the worker's choice  |
+| agent_host, agent_port           | ExpertMesh.agentAddress, .agentPort       | data_address, 0            |
+| advertise_address                | ExpertMesh.advertiseAddress (HOST:PORT)   | None: as agent_host        |
+| warnings                         | what is in the file and does not act      | ()                         |
 """
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic.alias_generators import to_snake
+from pydantic import BaseModel, ConfigDict
 
-from common.config_rules import check_addresses, check_lengths, group_of, refuse_what_is_not_built
+from common.config_file import Sections, put, read_document, variables_of
+from common.config_origin import Origin, origins_of
+from common.config_problems import validated
+from common.config_rules import group_of, problems_of, warnings
 from common.errors import ConfigError
-from common.expertmesh_section import ExpertMeshSection
-from common.mindie import (
-    BackendConfig,
-    ModelDeployConfig,
-    ScheduleConfig,
-    Section,
-    ServerConfig,
-    warnings_of,
-)
+from common.json_file import shown_path
 
-MAX_FILE_BYTES = 10 << 20
 TOKEN_VARIABLE = "EXPERTMESH_FLEET_TOKEN"
-# Kubernetes and docker links put addresses of services into every container under names like these.
-SERVICE_VARIABLE = re.compile(r"_SERVICE_(HOST|PORT)|_PORT(_\d+_(TCP|UDP).*)?$")
+GIGABYTE = 1 << 30
 
-SectionT = TypeVar("SectionT", bound=BaseModel)
+
+@dataclass(frozen=True, slots=True)
+class At:
+    """The key a field of `Config` is taken from, as overrides name it."""
+
+    key: str
 
 
 class Config(BaseModel):
-    """Everything the operator chose; the table at the top of this file names each field's origin."""
+    """Everything the operator chose; the table at the top of this file names each field's default."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    host: str
-    port: int
-    management_host: str
-    management_port: int
-    model_name: str
-    model_path: str | None
-    world_size: int
-    moe_ep: int
-    moe_tp: int
-    ep_level: int
-    kv_cache_bytes: int
-    max_seq_len: int | None
-    max_input_token_len: int | None
-    truncation: int
-    block_size: int
-    max_prefill_tokens: int
-    max_batch_size: int
-    max_iter_times: int | None
-    fleet_host: str
-    fleet_port: int
-    data_address: str
-    device: str
-    dtype: str
-    micro_batches: int
-    experts_in_process: bool
-    threads: int | None
-    register_timeout_s: float
-    deadline_floor_s: float
-    drain_timeout_s: float
-    log_level: str
-    max_queued_requests: int
-    fleet_token_file: str | None
-    router: str | None
-    worker_id: str | None
-    agent_host: str
-    agent_port: int
-    advertise_address: str | None
+    host: Annotated[str, At("ServerConfig.ipAddress")]
+    port: Annotated[int, At("ServerConfig.port")]
+    management_host: Annotated[str, At("ServerConfig.managementIpAddress")]
+    management_port: Annotated[int, At("ServerConfig.managementPort")]
+    model_name: Annotated[str, At("ModelConfig.modelName")]
+    model_path: Annotated[str | None, At("ModelConfig.modelWeightPath")]
+    world_size: Annotated[int, At("ModelConfig.worldSize")]
+    moe_ep: Annotated[int, At("ModelConfig.moe_ep")]
+    moe_tp: Annotated[int, At("ModelConfig.moe_tp")]
+    ep_level: Annotated[int, At("models.deepseekv2.ep_level")]
+    enable_init_routing_cutoff: Annotated[bool, At("models.deepseekv2.enable_init_routing_cutoff")]
+    topk_scaling_factor: Annotated[float | None, At("models.deepseekv2.topk_scaling_factor")]
+    alltoall_ep_buffer_scale_factors: Annotated[
+        tuple[tuple[int, float], ...], At("models.deepseekv2.alltoall_ep_buffer_scale_factors")
+    ]
+    kv_cache_bytes: Annotated[int, At("ModelConfig.cpuMemSize")]
+    max_seq_len: Annotated[int | None, At("ModelDeployConfig.maxSeqLen")]
+    max_input_token_len: Annotated[int | None, At("ModelDeployConfig.maxInputTokenLen")]
+    truncation: Annotated[int, At("ModelDeployConfig.truncation")]
+    block_size: Annotated[int, At("ScheduleConfig.cacheBlockSize")]
+    max_prefill_tokens: Annotated[int, At("ScheduleConfig.maxPrefillTokens")]
+    max_batch_size: Annotated[int, At("ScheduleConfig.maxBatchSize")]
+    max_iter_times: Annotated[int | None, At("ScheduleConfig.maxIterTimes")]
+    fleet_host: Annotated[str, At("ExpertMesh.fleetAddress")]
+    fleet_port: Annotated[int, At("ExpertMesh.fleetPort")]
+    data_address: Annotated[str, At("ExpertMesh.dataAddress")]
+    device: Annotated[str, At("ExpertMesh.device")]
+    dtype: Annotated[str, At("ExpertMesh.dtype")]
+    micro_batches: Annotated[int, At("ExpertMesh.microBatches")]
+    grouped_matmul: Annotated[str, At("ExpertMesh.groupedMatmul")]
+    topology: Annotated[str, At("ExpertMesh.topology")]
+    cutoff_min_rows: Annotated[int, At("ExpertMesh.cutoffMinRows")]
+    experts_in_process: Annotated[bool, At("ExpertMesh.expertsInProcess")]
+    threads: Annotated[int | None, At("ExpertMesh.threads")]
+    register_timeout_s: Annotated[float, At("ExpertMesh.registerTimeoutSeconds")]
+    deadline_floor_s: Annotated[float, At("ExpertMesh.deadlineFloorSeconds")]
+    drain_timeout_s: Annotated[float, At("ExpertMesh.drainTimeoutSeconds")]
+    log_level: Annotated[str, At("ExpertMesh.logLevel")]
+    max_queued_requests: Annotated[int, At("ExpertMesh.maxQueuedRequests")]
+    fleet_token_file: Annotated[str | None, At("ExpertMesh.fleetTokenFile")]
+    router: Annotated[str | None, At("ExpertMesh.router")]
+    worker_id: Annotated[str | None, At("ExpertMesh.workerId")]
+    agent_host: Annotated[str, At("ExpertMesh.agentAddress")]
+    agent_port: Annotated[int, At("ExpertMesh.agentPort")]
+    advertise_address: Annotated[str | None, At("ExpertMesh.advertiseAddress")]
     warnings: tuple[str, ...] = ()
 
 
-class _File(Section):
-    """The whole file."""
-
-    version: Any = None
-    server_config: ServerConfig = ServerConfig()
-    backend_config: BackendConfig = BackendConfig()
-    model_deploy_config: ModelDeployConfig | None = None
-    schedule_config: ScheduleConfig | None = None
-    log_config: Any = None
-    expert_mesh: ExpertMeshSection = ExpertMeshSection()
-
-    model_config = ConfigDict(alias_generator=lambda name: "".join(part.title() for part in name.split("_")))
+KEYS = {
+    name: mark.key
+    for name, field in Config.model_fields.items()
+    for mark in field.metadata
+    if isinstance(mark, At)
+}
+"""The key of each field that has one, like "ModelConfig.worldSize"."""
 
 
 def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
     """Read the configuration once, at start.
 
     Raises:
-        ConfigError: one sentence with the JSON path, the value found, and the rule.
+        ConfigError: one sentence for each bad value, with the JSON path, the value found, and the rule.
     """
-    document = {} if path is None else _read(path)
-    environment, unknown = _environment(os.environ)
+    return resolve(path, overrides).config
+
+
+@dataclass(frozen=True, slots=True)
+class Effective:
+    """The configuration, and where each of its fields came from."""
+
+    config: Config
+    origins: dict[str, Origin]
+
+
+def resolve(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Effective:
+    """Read the configuration as `load_config` does, and remember where each value came from.
+
+    Raises:
+        ConfigError: one sentence for each bad value, with the JSON path, the value found, and the rule.
+    """
+    overrides = overrides or {}
+    document = {} if path is None else read_document(path)
+    environment = {name: text for name, text in os.environ.items() if name != TOKEN_VARIABLE}
+    variables, values, unknown = variables_of(environment)
+    variables = {key: variable for key, variable in variables.items() if key not in overrides}
     try:
-        for where, value in {**environment, **(overrides or {})}.items():
-            _put(document, where, value)
-        text = json.dumps(document)
+        for key, value in {**values, **overrides}.items():
+            put(document, key, value)
+        file, problems = validated(document, variables)
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"the configuration cannot be read as JSON: {error}") from None
-    source = "" if path is None else f"{path}: "
-    try:
-        file = _File.model_validate_json(text)
-    except ValidationError as error:
-        raise ConfigError(source + _sentence(error)) from None
-    try:
-        return _flatten(file, unknown)
-    except ConfigError as error:
-        raise ConfigError(f"{source}{error}") from None
+    sections = Sections.of(file)
+    bad = frozenset[str]().union(*(problem.keys for problem in problems))
+    problems += [problem for problem in problems_of(file, sections) if not problem.keys & bad]
+    if problems:
+        source = "" if path is None else f"{shown_path(path)}: "
+        raise ConfigError(*(f"{source}{problem.sentence}" for problem in problems))
+    derived, inferred = _derive(sections)
+    taken = {name: sections.value(key) for name, key in KEYS.items()}
+    config = Config(**{**taken, **derived}, warnings=(*warnings(file, sections), *unknown))
+    return Effective(config, origins_of(KEYS, sections, variables, overrides, inferred))
+
+
+def _derive(sections: Sections) -> tuple[dict[str, Any], dict[str, str]]:
+    """Compute what is not taken as it stands in the file; say what each inferred field follows from."""
+    model, own = sections.model, sections.own
+    group = group_of(model)
+    inferred = dict(group.inferred)
+    values: dict[str, Any] = {
+        "world_size": group.world_size,
+        "moe_ep": group.moe_ep,
+        "moe_tp": group.moe_tp,
+        "kv_cache_bytes": int(model.cpu_mem_size * GIGABYTE),
+    }
+    if own.experts_in_process:
+        values |= {"world_size": 0, "moe_ep": 0}
+        inferred |= dict.fromkeys(("world_size", "moe_ep", "moe_tp"), "ExpertMesh.expertsInProcess true")
+    elif group.world_size == 0:
+        values["experts_in_process"] = True
+        inferred["experts_in_process"] = "worldSize 0"
+    for field, address in (("fleet_host", own.fleet_address), ("agent_host", own.agent_address)):
+        if address is None:
+            values[field] = own.data_address
+            inferred[field] = "ExpertMesh.dataAddress"
+    return values, inferred
 
 
 def fleet_token(config: Config) -> str:
@@ -187,151 +238,6 @@ def check_experts(config: Config, n_routed_experts: int) -> None:
     """
     if not config.experts_in_process and n_routed_experts % config.moe_ep != 0:
         raise ConfigError(
-            f"moe_ep is {config.moe_ep}, but it must divide the checkpoint's n_routed_experts "
+            f"ModelConfig[0].moe_ep is {config.moe_ep}, but it must divide the checkpoint's n_routed_experts "
             f"({n_routed_experts}): choose another worldSize or moe_ep"
         )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError(f"{path} is larger than {MAX_FILE_BYTES} bytes: it is no configuration file")
-        document = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is no JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise ConfigError(f"{path} holds {type(document).__name__}, but a configuration is a JSON object")
-    return document
-
-
-def _environment(variables: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """Take EXPERTMESH_... variables as overrides; say which are unknown."""
-    aliases = {
-        to_snake(field.alias or name).upper(): (field.alias or name, field.annotation)
-        for name, field in ExpertMeshSection.model_fields.items()
-    }
-    found: dict[str, Any] = {}
-    unknown = []
-    for name, text in variables.items():
-        if not name.startswith("EXPERTMESH_") or name == TOKEN_VARIABLE or text == "":
-            continue
-        alias, annotation = aliases.get(name.removeprefix("EXPERTMESH_"), (None, None))
-        if alias is None:
-            if not SERVICE_VARIABLE.search(name):
-                unknown.append(f"{name} is ignored: expertmesh does not know this variable")
-        else:
-            found[f"ExpertMesh.{alias}"] = text if "str" in str(annotation) else _plain(text)
-    return found, unknown
-
-
-def _plain(text: str) -> Any:
-    """A number or a boolean where the text is one, else the text."""
-    try:
-        return json.loads(text.lower())
-    except ValueError:
-        return text
-
-
-def _put(document: dict[str, Any], where: str, value: Any) -> None:
-    """Set one value by its JSON path, with ModelDeployConfig and ScheduleConfig where the file has them."""
-    keys = where.split(".")
-    backend = document.get("BackendConfig")
-    if keys[0] == "ModelConfig":
-        keys = ["ModelDeployConfig", *keys]
-    if (
-        keys[0] in ("ModelDeployConfig", "ScheduleConfig")
-        and isinstance(backend, dict)
-        and keys[0] in backend
-    ):
-        document = backend
-    here: Any = document
-    for key in keys[:-1]:
-        here = here.setdefault(key, [{}] if key == "ModelConfig" else {}) if isinstance(here, dict) else None
-        if key == "ModelConfig" and isinstance(here, list) and here:
-            here = here[0]
-    if isinstance(here, dict):
-        here[keys[-1]] = value
-
-
-def _sentence(error: ValidationError) -> str:
-    """Say the first problem as one sentence: JSON path, value, rule."""
-    first = error.errors(include_url=False)[0]
-    path = ""
-    for key in first["loc"]:
-        part = repr(key) if isinstance(key, str) and not key.isprintable() else key
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
-    others = error.error_count() - 1
-    more = f" ({others} more to correct)" if others else ""
-    if first["type"] == "extra_forbidden":
-        known = ", ".join(sorted(str(field.alias) for field in ExpertMeshSection.model_fields.values()))
-        return f"{path} is not a key of its section; known are {known}{more}"
-    value = repr(first["input"])
-    value = value if len(value) <= 80 else value[:77] + "..."
-    rule = first["msg"].removeprefix("Value error, ")
-    rule = re.sub(r"^(Input|Value|String|Tuple|List|Field) ", "", rule).rstrip(".")
-    return f"{path or 'the file'} is {value}: it {rule}{more}"
-
-
-def _one_place(key: str, outer: SectionT | None, inner: SectionT | None) -> tuple[SectionT | None, str]:
-    if outer is not None and inner is not None:
-        raise ConfigError(f"{key} stands at the top level and inside BackendConfig: keep one of them")
-    return (outer, key) if outer is not None else (inner, f"BackendConfig.{key}")
-
-
-def _flatten(file: _File, warnings: list[str]) -> Config:
-    deploy, deploy_path = _one_place(
-        "ModelDeployConfig", file.model_deploy_config, file.backend_config.model_deploy_config
-    )
-    schedule, _ = _one_place("ScheduleConfig", file.schedule_config, file.backend_config.schedule_config)
-    deploy, schedule = deploy or ModelDeployConfig(), schedule or ScheduleConfig()
-    model, model_path = deploy.model_configs[0], f"{deploy_path}.ModelConfig[0]"
-    server, own = file.server_config, file.expert_mesh
-    world_size, moe_ep, moe_tp = group_of(model, model_path)
-    in_process = own.experts_in_process or model.world_size == 0
-    if in_process:
-        world_size, moe_ep = 0, 0
-    refuse_what_is_not_built(server, file.backend_config, model, model_path, own)
-    check_addresses(server, own)
-    check_lengths(deploy, deploy_path)
-    return Config(
-        host=server.ip_address or "127.0.0.1",
-        port=1025 if server.port is None else server.port,
-        management_host=server.management_ip_address or "127.0.0.1",
-        management_port=1026 if server.management_port is None else server.management_port,
-        model_name=model.model_name,
-        model_path=model.model_weight_path,
-        world_size=world_size,
-        moe_ep=moe_ep,
-        moe_tp=moe_tp,
-        ep_level=model.models.deepseekv2.ep_level,
-        kv_cache_bytes=int((model.cpu_mem_size or 1) * (1 << 30)),
-        max_seq_len=deploy.max_seq_len,
-        max_input_token_len=deploy.max_input_token_len,
-        truncation=deploy.truncation,
-        block_size=schedule.cache_block_size or 128,
-        max_prefill_tokens=schedule.max_prefill_tokens or 8192,
-        max_batch_size=schedule.max_batch_size or 200,
-        max_iter_times=schedule.max_iter_times,
-        fleet_host=own.fleet_address or own.data_address,
-        fleet_port=own.fleet_port,
-        data_address=own.data_address,
-        device=own.device,
-        dtype=own.dtype,
-        micro_batches=own.micro_batches,
-        experts_in_process=in_process,
-        threads=own.threads,
-        register_timeout_s=own.register_timeout_seconds,
-        deadline_floor_s=own.deadline_floor_seconds,
-        drain_timeout_s=own.drain_timeout_seconds,
-        log_level=own.log_level,
-        max_queued_requests=own.max_queued_requests,
-        fleet_token_file=own.fleet_token_file,
-        router=own.router,
-        worker_id=own.worker_id,
-        agent_host=own.agent_address or own.data_address,
-        agent_port=own.agent_port,
-        advertise_address=own.advertise_address,
-        warnings=(*warnings_of(file), *warnings),
-    )

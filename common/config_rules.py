@@ -1,76 +1,134 @@
-"""Rules that several keys of the configuration must keep together, and what is refused by name. Pure."""
+"""Rules that several keys of the configuration must keep together, where they are present. Pure."""
 
 from __future__ import annotations
 
-from common.errors import ConfigError
-from common.expertmesh_section import ExpertMeshSection
-from common.mindie import BackendConfig, ModelConfig, ModelDeployConfig, ServerConfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from common.config_file import ConfigFile, Sections
+from common.config_problems import Problem
+from common.mindie_model import ModelConfig
+from common.not_built import refusals, reports
+from common.section import warnings_of
 
 DEFAULT_WORLD_SIZE = 2
-WILDCARDS = ("0.0.0.0", "::", "[::]", "")
+WILDCARDS = ("0.0.0.0", "::", "[::]")
+LEAST_FACTOR_OF_MINDIE = 0.25
+LEVEL_OF = {
+    "models.deepseekv2.enable_init_routing_cutoff": 1,
+    "models.deepseekv2.topk_scaling_factor": 1,
+    "ExpertMesh.cutoffMinRows": 1,
+    "models.deepseekv2.alltoall_ep_buffer_scale_factors": 2,
+    "ExpertMesh.topology": 2,
+}
+"""The one ep_level at which a key acts."""
 
 
-def group_of(model: ModelConfig, path: str) -> tuple[int, int, int]:
-    """Complete (worldSize, moe_ep, moe_tp): what is absent is inferred from the others."""
+@dataclass(frozen=True, slots=True)
+class Group:
+    """How the routed experts are divided. `inferred` says what each field follows from that was absent."""
+
+    world_size: int
+    moe_ep: int
+    moe_tp: int
+    inferred: dict[str, str]
+
+
+def group_of(model: ModelConfig) -> Group:
+    """Complete worldSize, moe_ep and moe_tp: what is absent follows from the others."""
     moe_tp, moe_ep, world_size = model.moe_tp, model.moe_ep, model.world_size
-    if world_size is None:
-        world_size = DEFAULT_WORLD_SIZE * (moe_tp or 1) if moe_ep is None else moe_ep * (moe_tp or 1)
+    inferred = {}
+    if world_size is None and moe_ep is not None:
+        world_size = moe_ep * (moe_tp or 1)
+        inferred["world_size"] = f"moe_ep {moe_ep} * moe_tp {moe_tp or 1}"
+    elif world_size is None:
+        world_size = DEFAULT_WORLD_SIZE * (moe_tp or 1)
     if moe_ep is None:
         moe_ep = world_size // (moe_tp or 1)
+        inferred["moe_ep"] = f"worldSize {world_size} / moe_tp {moe_tp or 1}"
     if moe_tp is None:
         moe_tp = max(world_size // moe_ep, 1) if moe_ep else 1
-    if moe_ep * moe_tp != world_size:
-        raise ConfigError(
-            f"{path}.worldSize is {world_size}, but it must equal moe_ep * moe_tp, and {moe_ep} * {moe_tp} "
-            f"is {moe_ep * moe_tp}: leave moe_ep and moe_tp out, or make them fit"
+        inferred["moe_tp"] = f"worldSize {world_size} / moe_ep {moe_ep}"
+    return Group(world_size, moe_ep, moe_tp, inferred)
+
+
+def problems_of(file: ConfigFile, sections: Sections) -> Iterator[Problem]:
+    """Name everything that cannot stand together or is not built."""
+    backend = file.backend_config
+    twice = {
+        "ModelDeployConfig": file.model_deploy_config is not None and backend.model_deploy_config is not None,
+        "ScheduleConfig": file.schedule_config is not None and backend.schedule_config is not None,
+    }
+    for key, is_twice in twice.items():
+        if is_twice:
+            sentence = f"{key} stands at the top level and inside BackendConfig: keep one of them"
+            yield Problem(frozenset({key}), sentence)
+    yield from _group(sections)
+    yield from _trust(sections)
+    yield from refusals(sections)
+    yield from _cutoff(sections)
+    yield from _addresses(sections)
+    yield from _lengths(sections)
+
+
+def warnings(file: ConfigFile, sections: Sections) -> Iterator[str]:
+    """Name everything that has no effect, and what is likely a mistake."""
+    yield from warnings_of(file)
+    level = sections.deepseek.ep_level
+    for key, acts_at in LEVEL_OF.items():
+        asks_for_nothing = sections.value(key) in (None, False, "auto")
+        if acts_at != level and sections.is_given(key) and not asks_for_nothing:
+            yield f"{sections.path(key)} has no effect at ep_level {level}: it acts at ep_level {acts_at}"
+    yield from reports(sections)
+    factor = sections.deepseek.topk_scaling_factor
+    if factor is not None and factor < LEAST_FACTOR_OF_MINDIE:
+        path = sections.path("models.deepseekv2.topk_scaling_factor")
+        yield (
+            f"{path} is {factor:g}: MindIE refuses less than {LEAST_FACTOR_OF_MINDIE}, and a small factor "
+            "means many passes"
         )
-    if moe_tp != 1:
-        raise ConfigError(
-            f"{path}.moe_tp is {moe_tp}, but an expert cannot be divided among workers in this version: "
-            f"set moe_ep to worldSize ({world_size}) and leave moe_tp out"
+
+
+def _group(sections: Sections) -> Iterator[Problem]:
+    group, path = group_of(sections.model), sections.paths["ModelConfig"]
+    product = group.moe_ep * group.moe_tp
+    keys = frozenset({"worldSize", "moe_ep", "moe_tp"})
+    if product != group.world_size:
+        yield Problem(
+            keys,
+            f"{path}.worldSize is {group.world_size}, but it must equal moe_ep * moe_tp, and "
+            f"{group.moe_ep} * {group.moe_tp} is {product}: leave moe_ep and moe_tp out, or make them fit",
         )
-    return world_size, moe_ep, moe_tp
+    if group.moe_tp != 1 and (product == group.world_size or "moe_tp" not in group.inferred):
+        yield Problem(
+            keys,
+            f"{path}.moe_tp is {group.moe_tp}, but an expert cannot be divided among workers in this "
+            f"version: set moe_ep to worldSize ({group.world_size}) and leave moe_tp out",
+        )
 
 
-def refuse_what_is_not_built(
-    server: ServerConfig, backend: BackendConfig, model: ModelConfig, path: str, own: ExpertMeshSection
-) -> None:
-    """Refuse what would silently be less safe, or other, than what was asked for."""
-    parameters = model.models.deepseekv2
-    no_tls = "but TLS is not built in this version and nothing is sent in plaintext silently: set it to false"
-    refusals: list[tuple[bool, str]] = [
-        (server.https_enabled, f"ServerConfig.httpsEnabled is true, {no_tls}"),
-        (server.inter_comm_tls_enabled, f"ServerConfig.interCommTLSEnabled is true, {no_tls}"),
-        (backend.inter_node_tls_enabled, f"BackendConfig.interNodeTLSEnabled is true, {no_tls}"),
-        (
-            model.trust_remote_code,
-            f"{path}.trustRemoteCode is true, but nothing in a checkpoint is ever executed: set it to false",
-        ),
-        (
-            parameters.topk_scaling_factor is not None and not parameters.enable_init_routing_cutoff,
-            f"{path}.models.deepseekv2.topk_scaling_factor is {parameters.topk_scaling_factor}, but it acts "
-            "only where enable_init_routing_cutoff is true: set that too, or leave both out",
-        ),
-        (
-            own.http_port is not None,
-            f"ExpertMesh.httpPort is {own.http_port}, but HTTP is not built in this version: leave it out",
-        ),
-        (
-            own.device != "cpu",
-            f"ExpertMesh.device is {own.device!r}, but only 'cpu' is built in this version",
-        ),
-        (
-            own.redundant_experts != 0,
-            f"ExpertMesh.redundantExperts is {own.redundant_experts}, but only 0 is built in this version",
-        ),
-    ]
-    for is_refused, sentence in refusals:
-        if is_refused:
-            raise ConfigError(sentence)
+def _trust(sections: Sections) -> Iterator[Problem]:
+    if sections.model.trust_remote_code:
+        yield Problem(
+            frozenset({"trustRemoteCode"}),
+            f"{sections.path('ModelConfig.trustRemoteCode')} is true, but nothing in a checkpoint is ever "
+            "executed: set it to false",
+        )
 
 
-def check_addresses(server: ServerConfig, own: ExpertMeshSection) -> None:
-    """Refuse to listen on every interface unless that was asked for."""
+def _cutoff(sections: Sections) -> Iterator[Problem]:
+    parameters = sections.deepseek
+    if parameters.topk_scaling_factor is not None and not parameters.enable_init_routing_cutoff:
+        path = sections.path("models.deepseekv2.topk_scaling_factor")
+        yield Problem(
+            frozenset({"topk_scaling_factor", "enable_init_routing_cutoff"}),
+            f"{path} is {parameters.topk_scaling_factor:g}, but it acts only where "
+            "enable_init_routing_cutoff is true: set that too, or leave both out",
+        )
+
+
+def _addresses(sections: Sections) -> Iterator[Problem]:
+    server, own = sections.server, sections.own
     addresses = {
         "ServerConfig.ipAddress": server.ip_address,
         "ServerConfig.managementIpAddress": server.management_ip_address,
@@ -79,23 +137,30 @@ def check_addresses(server: ServerConfig, own: ExpertMeshSection) -> None:
     }
     for path, address in addresses.items():
         if address in WILDCARDS and not server.allow_all_zero_ip_listening:
-            raise ConfigError(
-                f"{path} is {address!r}, which is every interface of this host: name one address, "
-                "or set ServerConfig.allowAllZeroIpListening to true"
+            yield Problem(
+                frozenset({path.rpartition(".")[2], "allowAllZeroIpListening"}),
+                f'{path} is "{address}", which is every interface of this host: name one address, '
+                "or set ServerConfig.allowAllZeroIpListening to true",
             )
     if own.data_address in WILDCARDS:
-        raise ConfigError(
-            f"ExpertMesh.dataAddress is {own.data_address!r}, but the data plane has no authentication: "
-            "name the address of the interface that reaches the other services"
+        yield Problem(
+            frozenset({"dataAddress"}),
+            f'ExpertMesh.dataAddress is "{own.data_address}", but the data plane has no authentication: '
+            "name the address of the interface that reaches the other services",
         )
 
 
-def check_lengths(deploy: ModelDeployConfig, path: str) -> None:
-    """Check the lengths against each other."""
-    longest, prompt = deploy.max_seq_len, deploy.max_input_token_len
-    if longest is not None and longest < 2:
-        raise ConfigError(f"{path}.maxSeqLen is {longest}, but a prompt and an answer need at least 2 tokens")
-    if longest is not None and prompt is not None and prompt > longest:
-        raise ConfigError(
-            f"{path}.maxInputTokenLen is {prompt}, but it must not be above maxSeqLen ({longest})"
-        )
+def _lengths(sections: Sections) -> Iterator[Problem]:
+    longest = sections.deploy.max_seq_len
+    if longest is None:
+        return
+    bounded = {
+        "ModelDeployConfig.maxInputTokenLen": sections.deploy.max_input_token_len,
+        "ScheduleConfig.maxIterTimes": sections.schedule.max_iter_times,
+    }
+    for key, value in bounded.items():
+        if value is not None and value > longest:
+            yield Problem(
+                frozenset({"maxSeqLen", key.rpartition(".")[2]}),
+                f"{sections.path(key)} is {value}, but it must not be above maxSeqLen ({longest})",
+            )

@@ -26,9 +26,17 @@ class ExpertMeshError(Exception):
 
 
 class ConfigError(ExpertMeshError):
-    """A value in the configuration, a flag or the environment is wrong."""
+    """A value in the configuration, a flag or the environment is wrong.
+
+    `problems` has one sentence for each bad value; the message is the first, and how many follow.
+    """
 
     grpc_status = "INVALID_ARGUMENT"
+
+    def __init__(self, first: str, *others: str) -> None:
+        more = f" ({len(others)} more to correct: `expertmesh config check FILE` lists them)"
+        super().__init__(f"{first}{more if others else ''}")
+        self.problems = (first, *others)
 
 
 class CheckpointError(ExpertMeshError):

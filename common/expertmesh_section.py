@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from common.mindie import NOT_BUILT, Ignored, Port, Section
+from common.section import Address, Port, Section, matching
 
 Seconds = Annotated[float, Field(gt=0, le=86400)]
 
@@ -15,17 +15,17 @@ class ExpertMeshSection(Section, extra="forbid"):
     """Our own choices; each can be set as EXPERTMESH_<UPPER_SNAKE> too, like EXPERTMESH_FLEET_PORT."""
 
     fleet_port: Port = 1028
-    fleet_address: str | None = None
-    data_address: str = Field(default="127.0.0.1", min_length=1)
+    fleet_address: Address | None = None
+    data_address: Address = "127.0.0.1"
     http_port: Port | None = None
     device: Literal["cpu", "cuda", "npu"] = "cpu"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     experts_in_process: bool = False
     micro_batches: int = Field(default=1, ge=1, le=8)
-    grouped_matmul: Annotated[Literal["auto", "on", "off"], Ignored(NOT_BUILT)] = "auto"
+    grouped_matmul: Literal["auto", "on", "off"] = "auto"
     redundant_experts: int = Field(default=0, ge=0)
-    topology: Annotated[Literal["auto", "switch", "direct"], Ignored(NOT_BUILT)] = "auto"
-    cutoff_min_rows: Annotated[int, Ignored(NOT_BUILT)] = Field(default=4096, ge=1)
+    topology: Literal["auto", "switch", "direct"] = "auto"
+    cutoff_min_rows: int = Field(default=4096, ge=1)
     threads: int | None = Field(default=None, ge=1, le=1024)
     register_timeout_seconds: Seconds = 60.0
     fleet_token_file: str | None = Field(default=None, min_length=1)
@@ -33,8 +33,17 @@ class ExpertMeshSection(Section, extra="forbid"):
     drain_timeout_seconds: float = Field(default=30.0, ge=0, le=86400)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     max_queued_requests: int = Field(default=1000, ge=1, le=1 << 20)
-    router: str | None = Field(default=None, pattern=r"^.+:[0-9]{1,5}$")
-    worker_id: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")
-    agent_address: str | None = Field(default=None, min_length=1)
+    router: Annotated[str | None, matching(r".+:[0-9]{1,5}", "must be HOST:PORT")] = None
+    worker_id: Annotated[
+        str | None,
+        matching(
+            r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}",
+            "must be at most 128 letters, digits, dots, dashes and underscores, and begin with a letter or a "
+            "digit",
+        ),
+    ] = None
+    agent_address: Address | None = None
     agent_port: Port = 0
-    advertise_address: str | None = Field(default=None, pattern=r"^.+:[0-9]{1,5}$|^[^:]+$")
+    advertise_address: Annotated[
+        str | None, matching(r".+:[0-9]{1,5}|[^:]+", "must be HOST or HOST:PORT")
+    ] = None

@@ -1,241 +1,167 @@
-"""The sections of MindIE's config.json, as frozen models: names, types, ranges, and what has no effect here.
+"""The sections of MindIE's config.json about services, back end, scheduling and logs.
 
-A key that MindIE knows and expertmesh does not use carries `Ignored`; a key that nobody knows stays in the
-model as an extra. `warnings_of` names both: MindIE's files load as they are, and nothing is ignored silently.
+Where a key acts here, its default is ours; where it is ignored, its default is MindIE's. The section about
+the model is in common/mindie_model.py, the keys for certificates are in common/mindie_tls.py.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
-from pydantic.alias_generators import to_camel
+from pydantic import Field
+
+from common.mindie_model import ModelDeployConfig
+from common.mindie_tls import BackendTls, ServerTls
+from common.section import (
+    Address,
+    Ignored,
+    IgnoredBool,
+    IgnoredCount,
+    IgnoredObject,
+    IgnoredPort,
+    IgnoredText,
+    IgnoredTexts,
+    Port,
+    Section,
+    matching,
+)
+
+DEADLINE = Ignored("a client's deadline ends its request")
+ONE_MACHINE = Ignored("expert workers register with the router, wherever they run")
+NO_PREFIX_CACHE = Ignored("prefixes are not cached in this version")
+CHUNKS = Ignored("prompts are always computed in chunks of at most maxPrefillTokens")
 
 
-@dataclass(frozen=True, slots=True)
-class Ignored:
-    """Marks a field that is checked and has no effect. `reason` ends the sentence "PATH is ignored: ..."."""
+class HealthCheckConfig(Section):
+    """`HealthCheckConfig` of the server."""
 
-    reason: str = "expertmesh does not need it"
-
-
-class Section(BaseModel):
-    """One JSON object of the file. Values are taken as they stand: 2.0 is no integer, 1 is no boolean."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        strict=True,
-        extra="allow",
-        alias_generator=to_camel,
-        allow_inf_nan=False,
-        protected_namespaces=(),
+    npu_usage_threshold: Annotated[int, Ignored("grpc.health.v1 says whether the router serves")] = Field(
+        default=10, ge=0, le=100
     )
 
 
-Port = Annotated[int, Field(ge=0, le=65535)]
-"""0 takes a free port."""
-Unused = Annotated[Any, Ignored()]
-NOT_BUILT = "it has no effect in this version"
-ATTENTION = "attention runs on the router, undivided"
-
-
-class ServerConfig(Section):
+class ServerConfig(ServerTls):
     """Where the router listens."""
 
-    ip_address: str | None = None
-    management_ip_address: str | None = None
-    port: Port | None = None
-    management_port: Port | None = None
-    metrics_port: Annotated[Port | None, Ignored("no metrics are served in this version")] = None
+    ip_address: Address = "127.0.0.1"
+    management_ip_address: Address = "127.0.0.1"
+    port: Port = 1025
+    management_port: Port = 1026
+    metrics_port: Annotated[int, Ignored("no metrics are served in this version")] = Field(
+        default=1027, ge=1024, le=65535
+    )
     allow_all_zero_ip_listening: bool = False
     https_enabled: bool = False
     inter_comm_tls_enabled: bool = Field(default=False, alias="interCommTLSEnabled")
-    max_link_num: Annotated[int | None, Ignored("ExpertMesh.maxQueuedRequests bounds what waits")] = Field(
-        default=None, ge=1, le=4096
+    inter_comm_port: IgnoredPort = 1121
+    max_link_num: Annotated[int, Ignored("ExpertMesh.maxQueuedRequests bounds what waits")] = Field(
+        default=1000, ge=1, le=4096
     )
-    token_timeout: Annotated[int | None, Ignored("a client's deadline ends its request")] = Field(
-        default=None, ge=1, le=3600
+    token_timeout: Annotated[int, DEADLINE] = Field(default=600, ge=1, le=3600)
+    e2e_timeout: Annotated[int, DEADLINE] = Field(default=600, alias="e2eTimeout", ge=1, le=65535)
+    infer_mode: Annotated[Literal["standard", "dmi"], Ignored("one router computes prompts and answers")] = (
+        "standard"
     )
-    e2e_timeout: Annotated[int | None, Ignored("a client's deadline ends its request")] = Field(
-        default=None, alias="e2eTimeout", ge=1, le=65535
+    open_ai_support: Annotated[str, Ignored("HTTP is not built in this version")] = "vllm"
+    full_text_enabled: Annotated[bool, Ignored("a chunk holds its own text only")] = False
+    dist_dp_server_enabled: Annotated[bool, ONE_MACHINE] = Field(default=False, alias="distDPServerEnabled")
+    max_request_length: Annotated[int, Ignored("ModelDeployConfig.maxInputTokenLen bounds a prompt")] = Field(
+        default=40, ge=1, le=100
     )
-    infer_mode: Unused = None
-    open_ai_support: Unused = None
-    full_text_enabled: Unused = None
-    inter_comm_port: Unused = None
-    max_request_length: Unused = None
-
-
-def _truncation(value: Any) -> int:
-    if isinstance(value, bool):
-        return -1 if value else 0
-    if isinstance(value, int) and value in (-1, 0, 1):
-        return value
-    raise ValueError("must be true or -1 (cut on the right), false or 0 (refuse), or 1 (cut on the left)")
-
-
-def _strictly_descending(table: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
-    if not table:
-        raise ValueError("must have at least one [tokens, factor] pair")
-    if any(first[0] <= second[0] for first, second in pairwise(table)):
-        raise ValueError("must be strictly descending by the first value of each pair")
-    return table
-
-
-# Not strict about the container alone: a JSON list is a tuple, its values are taken as they stand.
-BufferFactor = Annotated[
-    tuple[Annotated[int, Field(ge=0)], Annotated[float, Field(gt=0)]], Field(strict=False)
-]
-"""[tokens, factor] of the receive buffers at ep_level 2."""
-
-
-class DeepseekV2(Section):
-    """`models.deepseekv2`: the parameters of expert parallelism."""
-
-    model_config = ConfigDict(alias_generator=None)
-
-    ep_level: int = Field(default=1, ge=1, le=2)
-    enable_init_routing_cutoff: Annotated[bool, Ignored(NOT_BUILT)] = False
-    topk_scaling_factor: Annotated[float | None, Ignored(NOT_BUILT)] = Field(default=None, gt=0, le=1)
-    alltoall_ep_buffer_scale_factors: Annotated[
-        Annotated[tuple[BufferFactor, ...], Field(strict=False)] | None, Ignored(NOT_BUILT)
-    ] = None
-
-    @field_validator("alltoall_ep_buffer_scale_factors")
-    @classmethod
-    def _descending(cls, table: tuple[tuple[int, float], ...] | None) -> tuple[tuple[int, float], ...] | None:
-        return None if table is None else _strictly_descending(table)
-
-
-DEEPSEEK_NAMES = ("deepseekv2", "deepseek_v2", "deepseek_v3", "deepseekv3")
-
-
-def _models(value: Any) -> Any:
-    """Take an object or a JSON string, and the family's other names for `deepseekv2`."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise ValueError("must be an object, or a string that holds a JSON object") from error
-    if not isinstance(value, dict):
-        raise ValueError("must be an object, or a string that holds a JSON object")
-    named = [name for name in DEEPSEEK_NAMES if name in value]
-    if len(named) > 1:
-        raise ValueError(f"must not hold both {named[0]} and {named[1]}: they mean the same")
-    return {("deepseekv2" if key in named else key): entry for key, entry in value.items()}
-
-
-class Models(Section):
-    """`models`: parameters by model family."""
-
-    model_config = ConfigDict(alias_generator=None)
-
-    deepseekv2: DeepseekV2 = DeepseekV2()
-
-
-class ModelConfig(Section):
-    """`ModelConfig[0]`: the model and how it is divided. worldSize 0: experts in the router's process."""
-
-    model_instance_type: Unused = None
-    model_name: str = Field(
-        default="deepseek", pattern=r"^[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?$", max_length=256
-    )
-    model_weight_path: str | None = Field(default=None, min_length=1, max_length=750)
-    world_size: int | None = Field(default=None, ge=0, le=4096)
-    cpu_mem_size: float | None = Field(default=None, gt=0, le=1 << 20)
-    npu_mem_size: Annotated[int | None, Ignored("it sizes the cache on an NPU")] = None
-    backend_type: Unused = None
-    trust_remote_code: bool = False
-    dp: Annotated[int | None, Ignored(ATTENTION)] = None
-    tp: Annotated[int | None, Ignored(ATTENTION)] = None
-    sp: Annotated[int | None, Ignored(ATTENTION)] = None
-    cp: Annotated[int | None, Ignored(ATTENTION)] = None
-    pp: Annotated[int | None, Ignored(ATTENTION)] = None
-    moe_ep: int | None = Field(default=None, alias="moe_ep", ge=0)
-    moe_tp: int | None = Field(default=None, alias="moe_tp", ge=1)
-    plugin_params: Annotated[Any, Ignored(NOT_BUILT)] = Field(default=None, alias="plugin_params")
-    models: Annotated[Models, BeforeValidator(_models)] = Models()
-
-
-class ModelDeployConfig(Section):
-    """`ModelDeployConfig`: lengths, and the one model that is served."""
-
-    max_seq_len: int | None = Field(default=None, gt=0, le=1 << 24)
-    max_input_token_len: int | None = Field(default=None, ge=1, le=4194304)
-    truncation: Annotated[int, BeforeValidator(_truncation)] = 0
-    model_configs: tuple[ModelConfig, ...] = Field(default=(ModelConfig(),), alias="ModelConfig")
-    max_loras: Unused = None
-    max_lora_rank: Unused = None
-    lora_modules: Annotated[Any, Ignored("adapters are not supported")] = Field(
-        default=None, alias="LoraModules"
-    )
-
-    @field_validator("model_configs")
-    @classmethod
-    def _one_model(cls, configs: tuple[ModelConfig, ...]) -> tuple[ModelConfig, ...]:
-        if len(configs) != 1:
-            raise ValueError(f"must have exactly 1 entry, not {len(configs)}: one model is served")
-        return configs
+    max_json_depth: IgnoredCount = None
+    health_check_config: HealthCheckConfig = Field(default=HealthCheckConfig(), alias="HealthCheckConfig")
+    layerwise_disaggregated: IgnoredBool = False
+    layerwise_disaggregated_role_type: IgnoredText = None
+    layerwise_disaggregated_master_ip_address: IgnoredText = None
+    layerwise_disaggregated_slave_ip_address: IgnoredTexts = None
+    layerwise_disaggregated_data_port: IgnoredPort = None
+    layerwise_disaggregated_crtl_port: Annotated[tuple[int, ...] | None, Ignored()] = None
 
 
 class ScheduleConfig(Section):
     """`ScheduleConfig`: what one step may hold."""
 
-    template_type: Unused = None
-    template_name: Unused = None
-    cache_block_size: int | None = Field(default=None, ge=1, le=128)
-    max_prefill_tokens: int | None = Field(default=None, ge=1, le=4194304)
-    max_batch_size: int | None = Field(default=None, ge=1, le=819200)
+    cache_block_size: int = Field(default=128, ge=1, le=128)
+    max_prefill_tokens: int = Field(default=8192, ge=1, le=4194304)
+    max_batch_size: int = Field(default=200, ge=1, le=819200)
     max_iter_times: int | None = Field(default=None, ge=1)
-    max_prefill_batch_size: Annotated[int | None, Ignored()] = Field(default=None, ge=0)
-    prefill_time_ms_per_req: Unused = None
-    decode_time_ms_per_req: Unused = None
-    prefill_policy_type: Unused = None
-    decode_policy_type: Unused = None
-    max_preempt_count: Unused = None
-    support_select_batch: Unused = None
-    max_queue_delay_microseconds: Unused = None
-    max_first_token_wait_time: Unused = None
+    template_type: Annotated[Literal["Standard", "Mix"], CHUNKS] = "Standard"
+    template_name: IgnoredText = "Standard_LLM"
+    max_prefill_batch_size: Annotated[int, Ignored("maxPrefillTokens and maxBatchSize bound a step")] = Field(
+        default=50, ge=0, le=819200
+    )
+    prefill_time_ms_per_req: Annotated[int, Ignored()] = Field(default=150, ge=0, le=1000)
+    decode_time_ms_per_req: Annotated[int, Ignored()] = Field(default=50, ge=0, le=1000)
+    prefill_policy_type: Annotated[Literal[0], Ignored()] = 0
+    decode_policy_type: Annotated[Literal[0], Ignored()] = 0
+    policy_type: Annotated[Literal[0, 4, 5, 6, 7], Ignored("the first to come is served first")] = 0
+    max_preempt_count: Annotated[int, Ignored("the scheduler preempts when the KV cache is full")] = Field(
+        default=0, ge=0, le=819200
+    )
+    support_select_batch: IgnoredBool = False
+    stage_select_policy: Annotated[int, Ignored()] = Field(default=0, ge=0, le=2)
+    max_queue_delay_microseconds: Annotated[int, Ignored("a step never waits for more requests")] = Field(
+        default=5000, ge=500, le=1000000
+    )
+    max_first_token_wait_time: Annotated[int, Ignored()] = Field(default=2500, ge=0, le=3600000)
+    max_n: Annotated[int, Ignored("n above 1 is not built in this version")] = Field(
+        default=128, ge=1, le=8192
+    )
+    prefill_expected_time: Annotated[int, Ignored()] = Field(default=1500, ge=1, le=10000)
+    decode_expected_time: Annotated[int, Ignored()] = Field(default=50, ge=1, le=10000)
+    dynamic_batch_size_enable: IgnoredBool = False
+    buffer_response_enabled: IgnoredBool = False
+    distributed_enable: Annotated[bool, ONE_MACHINE] = False
+    enable_prefix_cache: Annotated[bool, NO_PREFIX_CACHE] = False
+    enable_split: Annotated[bool, CHUNKS] = False
+    split_type: Annotated[bool, CHUNKS] = False
+    split_start_type: Annotated[bool, CHUNKS] = False
+    split_chunk_tokens: Annotated[int | None, CHUNKS] = Field(default=None, ge=0)
+    split_start_batch_size: Annotated[int | None, CHUNKS] = Field(default=None, ge=0)
+    prefill_chunk_size: Annotated[int | None, CHUNKS] = Field(default=None, ge=0)
+    max_num_partial_prefills: Annotated[int, CHUNKS] = Field(default=64, ge=1, le=64)
+    max_long_partial_prefills: Annotated[int, CHUNKS] = Field(default=8, ge=1)
+    long_prefill_token_threshold: Annotated[int, CHUNKS] = Field(default=1024, ge=1, le=8192)
+    layerwise_disaggregated: IgnoredObject = None
 
 
-class BackendConfig(Section):
+class KvPoolConfig(Section):
+    """`kvPoolConfig`: a KV cache outside of the router."""
+
+    backend: Annotated[str, NO_PREFIX_CACHE] = ""
+    config_path: Annotated[str, NO_PREFIX_CACHE] = ""
+    async_write: Annotated[bool, NO_PREFIX_CACHE] = False
+
+
+class BackendConfig(BackendTls):
     """`BackendConfig`: the usual place of ModelDeployConfig and ScheduleConfig."""
 
-    backend_name: Unused = None
-    model_instance_number: Unused = None
-    npu_device_ids: Unused = None
-    tokenizer_process_number: Unused = None
-    multi_nodes_infer_enabled: Unused = None
-    multi_nodes_infer_port: Unused = None
+    backend_name: Annotated[
+        str,
+        matching(r"[a-z_]{1,50}", "must be 1 to 50 lower-case letters and underscores"),
+        Ignored("there is one back end"),
+    ] = "mindieservice_llm_engine"
+    model_instance_number: Annotated[int, Ignored("one model is served by one router")] = Field(
+        default=1, ge=1, le=10
+    )
+    npu_device_ids: Annotated[
+        tuple[tuple[Annotated[int, Field(ge=0)], ...], ...], Ignored("ExpertMesh.device says what computes")
+    ] = ((0, 1, 2, 3),)
+    tokenizer_process_number: Annotated[int, Ignored("the router's front tokenizes")] = Field(
+        default=8, ge=1, le=32
+    )
+    multi_nodes_infer_enabled: Annotated[bool, ONE_MACHINE] = False
+    multi_nodes_infer_port: IgnoredPort = 1120
     inter_node_tls_enabled: bool = Field(default=False, alias="interNodeTLSEnabled")
+    kv_pool_config: KvPoolConfig = KvPoolConfig()
+    layerwise_disaggregated: IgnoredObject = None
     model_deploy_config: ModelDeployConfig | None = Field(default=None, alias="ModelDeployConfig")
     schedule_config: ScheduleConfig | None = Field(default=None, alias="ScheduleConfig")
 
 
-def warnings_of(section: BaseModel, path: str = "") -> Iterator[str]:
-    """Name every key of `section` that has no effect, with its JSON path."""
-    for key in section.model_extra or {}:
-        name = key if key.isprintable() else repr(key)
-        yield f"{path}{name} is ignored: expertmesh does not know this key"
-    for name, field in type(section).model_fields.items():
-        if name not in section.model_fields_set:
-            continue
-        here = f"{path}{field.alias or name}"
-        value = getattr(section, name)
-        for mark in field.metadata:
-            # What is at its default asks for nothing, for example dp 1 or npuMemSize -1.
-            if isinstance(mark, Ignored) and value not in (
-                field.default,
-                1 if mark.reason == ATTENTION else None,
-            ):
-                yield f"{here} is ignored: {mark.reason}"
-        if isinstance(value, BaseModel):
-            yield from warnings_of(value, f"{here}.")
-        elif isinstance(value, tuple):
-            for index, entry in enumerate(value):
-                if isinstance(entry, BaseModel):
-                    yield from warnings_of(entry, f"{here}[{index}].")
+class LogConfig(Section):
+    """`LogConfig`: a log level for some hours."""
+
+    dynamic_log_level: Annotated[str, Ignored("ExpertMesh.logLevel says what is logged")] = ""
+    dynamic_log_level_valid_hours: Annotated[int, Ignored()] = Field(default=2, ge=1, le=168)
+    dynamic_log_level_valid_time: IgnoredText = ""

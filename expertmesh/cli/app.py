@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from expertmesh.cli.config import config
 from expertmesh.cli.generate import generate
 from expertmesh.cli.status import status
 from expertmesh.cli.up import up
@@ -18,3 +19,4 @@ app = typer.Typer(
 app.command()(up)
 app.command()(generate)
 app.command()(status)
+app.add_typer(config)

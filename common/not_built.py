@@ -1,0 +1,50 @@
+"""What the configuration has a place for and this version does not do: refused, or reported. Pure.
+
+Whoever builds one of these takes its line out of here, and the words about it out of docs/configuration.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from common.config_file import Sections
+from common.config_problems import Problem, json_line
+
+REPORTED = (
+    "models.deepseekv2.enable_init_routing_cutoff",
+    "models.deepseekv2.topk_scaling_factor",
+    "models.deepseekv2.alltoall_ep_buffer_scale_factors",
+    "ExpertMesh.cutoffMinRows",
+    "ExpertMesh.groupedMatmul",
+    "ExpertMesh.topology",
+)
+"""Keys that reach `Config` and that nothing reads yet: warnings where they are not at their default."""
+
+NO_TLS = "TLS is not built in this version, and nothing is sent in plaintext silently: set it to false"
+REFUSED = {
+    "ServerConfig.httpsEnabled": (False, NO_TLS),
+    "ServerConfig.interCommTLSEnabled": (False, NO_TLS),
+    "BackendConfig.interNodeTLSEnabled": (False, NO_TLS),
+    "ExpertMesh.httpPort": (None, "HTTP is not built in this version: leave it out"),
+    "ExpertMesh.device": ("cpu", 'only "cpu" is built in this version'),
+    "ExpertMesh.redundantExperts": (0, "only 0 is built in this version"),
+}
+"""Keys that would silently be less safe, or other, than what was asked for: the one value, and why."""
+
+
+def reports(sections: Sections) -> Iterator[str]:
+    """Name every key that was set and has no effect yet."""
+    for key in REPORTED:
+        value = sections.value(key)
+        if value != sections.default(key):
+            here = f"{sections.path(key)} is {json_line(value)}"
+            yield f"{here} and has no effect: it is not built in this version"
+
+
+def refusals(sections: Sections) -> Iterator[Problem]:
+    """Name every key that asks for what cannot be done."""
+    for key, (only, why) in REFUSED.items():
+        value = sections.value(key)
+        if value != only:
+            keys = frozenset({key.rpartition(".")[2]})
+            yield Problem(keys, f"{sections.path(key)} is {json_line(value)}, but {why}")
