@@ -117,7 +117,7 @@ def services(folder: Path, model: Path) -> Iterator[Services]:
 
 
 def answer(fleet: Fleet) -> Answer:
-    return generate(fleet, PROMPT, **SHORT)  # type: ignore[arg-type]
+    return generate(fleet, PROMPT, **SHORT)
 
 
 def test_services_start_in_any_order_and_workers_find_the_next_router(v3_model: Path, tmp_path: Path) -> None:
