@@ -49,7 +49,7 @@ class PendingTransfer:
         try:
             self._work.wait(IDLE if timeout_s is None else timedelta(seconds=max(timeout_s, 0.001)))
         except RuntimeError as error:
-            raise LinkError(f"the link failed: {_first_line(error)}") from error
+            raise LinkError(f"the link failed: {first_line(error)}") from error
 
 
 class PairLink:
@@ -66,7 +66,7 @@ class PairLink:
         try:
             return PendingTransfer(group.send([buffer], self._peer, 0), buffer, group)
         except RuntimeError as error:
-            raise LinkError(f"the link failed: {_first_line(error)}") from error
+            raise LinkError(f"the link failed: {first_line(error)}") from error
 
     def post_recv(self, buffer: Tensor) -> PendingTransfer:
         """Begin to receive into a flat uint8 CPU tensor at least as large as the message."""
@@ -74,7 +74,7 @@ class PairLink:
         try:
             return PendingTransfer(group.recv([buffer], self._peer, 0), buffer, group)
         except RuntimeError as error:
-            raise LinkError(f"the link failed: {_first_line(error)}") from error
+            raise LinkError(f"the link failed: {first_line(error)}") from error
 
     def send(self, buffer: Tensor, timeout_s: float) -> None:
         """Send and wait until Gloo has taken the bytes. Raises LinkError."""
@@ -86,9 +86,9 @@ class PairLink:
 
     def close(self) -> None:
         """Drop the group from a thread of its own: dropping one with a pending operation may block."""
-        group, self._group = self._group, None
-        if group is not None:
-            release([group])
+        owned, self._group = [self._group], None  # no name but the reaper's may keep the group alive
+        if owned[0] is not None:
+            release(owned)
 
     def _open_group(self) -> Any:
         group = self._group
@@ -98,7 +98,7 @@ class PairLink:
 
 
 def release(owned: list[Any]) -> None:
-    """Drop the last references in `owned` from a reaper thread, which may block there."""
+    """Empty `owned` from a reaper thread, which may block there; the caller keeps no other reference."""
     threading.Thread(target=owned.clear, name="link-reaper", daemon=True).start()
 
 
@@ -116,7 +116,7 @@ def open_store(host: str) -> StoreServer:
         )
     except (OSError, RuntimeError) as error:
         raise LinkError(
-            f"no store can be opened on {host}: {_first_line(error)}; check data_address"
+            f"no store can be opened on {host}: {first_line(error)}; check data_address"
         ) from error
     return StoreServer(host, port, store)
 
@@ -131,7 +131,7 @@ def join_pair(host: str, port: int, prefix: str, rank: int, timeout_s: float, da
     try:
         store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
         scoped = dist.PrefixStore(prefix, store)
-        device = _device(data_address)
+        device = gloo_device(data_address)
         gloo: Any = dist.ProcessGroupGloo
         options = gloo._Options()
         options._devices = [device]
@@ -142,30 +142,33 @@ def join_pair(host: str, port: int, prefix: str, rank: int, timeout_s: float, da
             scoped.set("worker_is_up", "1")
         else:
             scoped.wait(["worker_is_up"], timeout)
-            _delete_keys(store, prefix)
+            delete_keys(store, prefix)
         group._set_default_timeout(IDLE)
     except (OSError, RuntimeError) as error:
         raise LinkError(
-            f"link {prefix} over {host}:{port} was not made within {timeout_s:.1f} s: {_first_line(error)}"
+            f"link {prefix} over {host}:{port} was not made within {timeout_s:.1f} s: {first_line(error)}"
         ) from error
-    _calm_loop_threads()
+    calm_loop_threads()
     return PairLink(group, rank, device)
 
 
-def _device(data_address: str) -> Any:
+def gloo_device(data_address: str) -> Any:
+    """The one Gloo device, with its loop thread, that all groups of an address share."""
     with _devices_lock:
         if data_address not in _devices:
             _devices[data_address] = dist.ProcessGroupGloo.create_device(hostname=data_address)
         return _devices[data_address]
 
 
-def _delete_keys(store: dist.TCPStore, prefix: str) -> None:
+def delete_keys(store: dist.TCPStore, prefix: str) -> None:
+    """Delete what a group left in the store; it needs none of it once all of its ranks are up."""
     for key in store.list_keys():
         if key.startswith(f"{prefix}/"):
             store.delete_key(key)
 
 
-def _calm_loop_threads() -> None:
+def calm_loop_threads() -> None:
+    """Put Gloo's loop threads on SCHED_BATCH, where the system allows it."""
     # On a shared core Gloo's loop thread preempts the thread it serves and costs a scheduler tick (4 ms).
     if not hasattr(os, "SCHED_BATCH"):
         return
@@ -180,5 +183,6 @@ def _calm(task: Path) -> None:
             os.sched_setscheduler(int(task.name), os.SCHED_BATCH, os.sched_param(0))
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What torch says, without the stack that it appends."""
     return (str(error).splitlines() or [type(error).__name__])[0]

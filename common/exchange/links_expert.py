@@ -10,13 +10,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from queue import Empty, SimpleQueue
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from common.errors import ExchangeError, LinkError, MessageError
-from common.exchange import ALL_GATHER, ALL_TO_ALL, Received, StepHeader, wire
+from common.exchange import ALL_GATHER, Received, StepHeader, checks, wire
+from common.exchange.received_queue import ReceivedQueue
 from common.exchange.routing import LocalRows, RowShape, expand_rows, local_table, partial_sum
 from common.process_group import PairLink, PendingTransfer, release
 
@@ -63,7 +64,7 @@ class LinksExpertExchange:
     def __init__(self, on_closed: Callable[[int, int, str], None]) -> None:
         """Call `on_closed(term, epoch, reason)` from a receive thread when a link ended by itself."""
         self._on_closed = on_closed
-        self._arrivals: SimpleQueue[Received | None] = SimpleQueue()
+        self._arrivals = ReceivedQueue()
         self._routers: list[_Router] = []
         self._lock = threading.Lock()
         self._count = 0
@@ -96,20 +97,10 @@ class LinksExpertExchange:
 
     def receive(self, timeout_s: float | None = None) -> Received | None:
         """Wait for rows from any router; None when the time passed or the exchange was closed."""
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while not self._is_closed:
-            left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
-            try:
-                received = self._arrivals.get(timeout=left)
-            except Empty:
-                return None
-            if received is None:
-                return None
-            arrival = _arrival_of(received)
-            if not arrival.router.is_dropped:
-                arrival.compute_start_ns = time.monotonic_ns()
-                return received
-        return None
+        received = self._arrivals.take(timeout_s, lambda one: not _arrival_of(one).router.is_dropped)
+        if received is not None:
+            _arrival_of(received).compute_start_ns = time.monotonic_ns()
+        return received
 
     def reply(self, output: Tensor, received: Received) -> None:
         """Send output [R, D] home; a link that fails meanwhile is dropped, which the caller need not know."""
@@ -140,7 +131,7 @@ class LinksExpertExchange:
         """Drop every link and wake the thread in `receive`."""
         self._is_closed = True
         self._drop_all(lambda router: True)
-        self._arrivals.put(None)
+        self._arrivals.close()
 
     def _drop_all(self, is_wanted: Callable[[_Router], bool]) -> None:
         with self._lock:
@@ -174,7 +165,7 @@ class LinksExpertExchange:
         for reply in replies:
             reply.wait(None)  # the router posted its receive before it sent the rows
         header = wire.unpack_header(buffer)
-        _check_origin(router, header)
+        checks.check_origin(header, router.term, router.epoch, router.incarnation)
         if header.kind == wire.STEP:
             self._begin(router, header)
         elif header.kind == wire.ROWS:
@@ -183,22 +174,10 @@ class LinksExpertExchange:
             raise MessageError(f"the router ended the link (message kind {header.kind})")
 
     def _begin(self, router: _Router, header: wire.Header) -> None:
-        if not wire.HEADER_BYTES <= header.capacity_bytes <= wire.MAX_BYTES:
-            raise MessageError(f"a step announces buffers of {header.capacity_bytes} bytes")
-        if header.ep_level not in (ALL_GATHER, ALL_TO_ALL):
-            raise MessageError(f"a step announces ep_level {header.ep_level}: it must be 1 or 2")
-        if router.step is not None and header.step_id <= router.step.step_id:
-            raise MessageError(f"step {header.step_id} came after step {router.step.step_id}")
+        step = checks.check_step(header, router.step)
         if router.step is None:  # the first header commits the epoch
             self._drop_all(lambda other: other.term == router.term and other.epoch < router.epoch)
-        router.step = StepHeader(
-            header.term,
-            header.epoch,
-            header.step_id,
-            header.ep_level,
-            header.num_tokens,
-            header.micro_batches,
-        )
+        router.step = step
         with router.lock:
             if router.capacity != header.capacity_bytes:
                 router.capacity = header.capacity_bytes
@@ -211,21 +190,9 @@ def _arrival_of(received: Received) -> _Arrival:
     return received.handle
 
 
-def _check_origin(router: _Router, header: wire.Header) -> None:
-    found = (header.term, header.epoch, header.incarnation)
-    wanted = (router.term, router.epoch, router.incarnation)
-    if found != wanted:
-        raise MessageError(f"(term, epoch, incarnation) is {found}, this link belongs to {wanted}")
-
-
 def _rows_of(router: _Router, header: wire.Header, buffer: Tensor, received_ns: int) -> Received:
-    step, shape = router.step, router.shape
-    if step is None or header.step_id != step.step_id or header.ep_level != step.ep_level:
-        raise MessageError(f"rows of step {header.step_id} came outside of that step")
-    if header.layer_id not in router.experts or not 0 <= header.micro_batch < step.micro_batches:
-        raise MessageError(f"no rows belong to layer {header.layer_id}, micro-batch {header.micro_batch}")
-    if header.num_tokens > step.num_tokens:
-        raise MessageError(f"{header.num_tokens} tokens came in a step of {step.num_tokens}")
+    shape = router.shape
+    checks.check_rows(header, router.step, router.experts)
     num_local = len(router.experts[header.layer_id])
     local: LocalRows | None = None
     if header.ep_level == ALL_GATHER:
@@ -234,8 +201,7 @@ def _rows_of(router: _Router, header: wire.Header, buffer: Tensor, received_ns: 
         ids, weights, hidden = wire.unpack(
             buffer, header, *layout, ((header.num_tokens, shape.hidden_size), shape.dtype)
         )
-        if ids.numel() and int(ids.min()) < 0:
-            raise MessageError(f"expert {int(ids.min())} was chosen: indices begin at 0")
+        checks.check_topk_ids(ids)
         local = expand_rows(hidden, ids, weights, router.tables[header.layer_id], num_local)
         rows, counts = local.rows, local.tokens_per_expert
     else:
@@ -245,8 +211,7 @@ def _rows_of(router: _Router, header: wire.Header, buffer: Tensor, received_ns: 
             ((num_local,), torch.int64),
             ((header.num_rows, shape.hidden_size), shape.dtype),
         )
-        if (counts < 0).any() or int(counts.sum()) != header.num_rows:
-            raise MessageError(f"rows per expert {counts.tolist()} do not sum to {header.num_rows}")
+        checks.check_counts(counts, header.num_rows)
     arrival = _Arrival(router, header, buffer, local, received_ns)
     return Received(
         router.number,
@@ -265,13 +230,14 @@ def _rows_of(router: _Router, header: wire.Header, buffer: Tensor, received_ns: 
 def _drop(router: _Router, says_goodbye: bool) -> None:
     with router.lock:
         is_first, router.is_dropped = not router.is_dropped, True
-        pending, router.replies = list(router.replies), []
+        pending: list[Any] = [*router.replies]
+        router.replies.clear()
     if says_goodbye and is_first:
         header = wire.Header(wire.GOODBYE, router.term, router.epoch, router.incarnation, 0)
         threading.Thread(target=say_goodbye, args=(router.link, header), daemon=True).start()
     else:
         router.link.close()
-    release(list(pending))
+    release(pending)
 
 
 def say_goodbye(link: PairLink, header: wire.Header) -> None:

@@ -12,23 +12,22 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from common.errors import LinkError, MessageError, WorkerLost
 from common.exchange import ALL_GATHER, Dispatched, StepHeader, wire
+from common.exchange.deadline import CEILING_S, Deadline
 from common.exchange.links_expert import say_goodbye
 from common.exchange.routing import RowShape, SortedRows, layer_table, sort_rows, weighted_sum
 from common.placement import Placement
 from common.process_group import PairLink, PendingTransfer, release
 from common.timeline import Timeline
 
-CEILING_S = 120.0
-SLACK = 8.0
 PROBE_S = 0.05
 """Pause between the first two questions for progress, which give the baseline."""
-EWMA = 0.2
 MOST_UNWAITED_SENDS = 64
 
 
@@ -62,12 +61,10 @@ class _Worker:
     name: str
     incarnation: int
     link: PairLink
+    deadline: Deadline
     requests: dict[tuple[int, int, int], _Request] = field(default_factory=dict)
     sends: list[PendingTransfer] = field(default_factory=list)
     receives: SimpleQueue[PendingTransfer | None] = field(default_factory=SimpleQueue)
-    seconds_per_row: float = 0.0
-    waiting_since_ns: int = 0
-    deadline_ns: int = 0
     progress: int | None = None
     times: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
 
@@ -93,11 +90,11 @@ class LinksRouterExchange:
     ) -> None:
         """Take over the links, in ep_rank order; `capacity_rows(num_tokens)` bounds the rows of one round."""
         self._workers = [
-            _Worker(rank, name, incarnation, link)
+            _Worker(rank, name, incarnation, link, Deadline(floor_s))
             for rank, (link, name, incarnation) in enumerate(zip(links, names, incarnations, strict=True))
         ]
         self._tables = {layer_id: layer_table(owners) for layer_id, owners in placement.layers.items()}
-        self._shape, self._term, self._floor_s = shape, term, floor_s
+        self._shape, self._term = shape, term
         self._ask_progress, self._timeline = ask_progress, timeline
         self._capacity_rows = capacity_rows or (lambda num_tokens: num_tokens * shape.num_experts_per_tok)
         self._step: StepHeader | None = None
@@ -189,8 +186,9 @@ class LinksRouterExchange:
             worker.receives.put(None)
             header = wire.Header(wire.GOODBYE, self._term, self._epoch, worker.incarnation, 0)
             threading.Thread(target=say_goodbye, args=(worker.link, header), daemon=True).start()
-            pending, worker.sends = list(worker.sends), []
-            release(list(pending))
+            pending: list[Any] = [*worker.sends]
+            worker.sends.clear()
+            release(pending)
 
     @property
     def _epoch(self) -> int:
@@ -242,7 +240,7 @@ class LinksRouterExchange:
         except LinkError as error:
             raise self._lost(worker, "dispatch", str(error), request.header) from error
         if not worker.requests:
-            worker.waiting_since_ns = time.monotonic_ns()
+            worker.deadline.waiting_since_ns = time.monotonic_ns()
         header = request.header
         worker.requests[header.layer_id, header.micro_batch, header.round] = request
         request.owner.missing += 1
@@ -259,10 +257,9 @@ class LinksRouterExchange:
 
     def _take_arrival(self) -> None:
         waiting = [worker for worker in self._workers if worker.requests]
-        next_worker = min(waiting, key=lambda worker: worker.deadline_ns)
-        left_s = (next_worker.deadline_ns - time.monotonic_ns()) / 1e9
+        next_worker = min(waiting, key=lambda worker: worker.deadline.at_ns)
         try:
-            ep_rank, content, arrived_ns = self._arrivals.get(timeout=max(left_s, 0.0))
+            ep_rank, content, arrived_ns = self._arrivals.get(timeout=next_worker.deadline.left_s)
         except Empty:
             self._expire(next_worker)
             return
@@ -294,11 +291,7 @@ class LinksRouterExchange:
         self._learn(worker, request, header, arrived_ns)
 
     def _learn(self, worker: _Worker, request: _Request, header: wire.Header, arrived_ns: int) -> None:
-        seconds = (arrived_ns - max(request.posted_ns, worker.waiting_since_ns)) / 1e9
-        per_row = max(seconds, 0.0) / max(request.num_rows, 1)
-        worker.seconds_per_row += (EWMA if worker.seconds_per_row else 1.0) * (
-            per_row - worker.seconds_per_row
-        )
+        worker.deadline.learn(request.num_rows, request.posted_ns, arrived_ns)
         at_worker_ns = header.compute_end_ns - header.received_ns
         worker.times[0] += (header.compute_start_ns - header.received_ns) / 1e9
         worker.times[1] += (header.compute_end_ns - header.compute_start_ns) / 1e9
@@ -312,7 +305,7 @@ class LinksRouterExchange:
                 layer_id=header.layer_id,
                 rows=request.num_rows,
             )
-        worker.waiting_since_ns, worker.progress = arrived_ns, None
+        worker.progress = None
         if worker.requests:
             self._extend(worker)
         else:  # everything that was sent has been answered, so these waits return at once
@@ -321,13 +314,10 @@ class LinksRouterExchange:
                 send.wait(CEILING_S)
 
     def _extend(self, worker: _Worker) -> None:
-        rows = sum(request.num_rows for request in worker.requests.values())
-        budget_s = min(max(self._floor_s, SLACK * worker.seconds_per_row * rows), CEILING_S)
-        worker.deadline_ns = time.monotonic_ns() + int(budget_s * 1e9)
+        worker.deadline.extend(sum(request.num_rows for request in worker.requests.values()))
 
     def _expire(self, worker: _Worker) -> None:
-        waited_s = (time.monotonic_ns() - worker.waiting_since_ns) / 1e9
-        if self._ask_progress is None or waited_s > CEILING_S:
+        if self._ask_progress is None or worker.deadline.waited_s > CEILING_S:
             raise self._lost(worker, "combine", "no answer within the deadline")
         before = worker.progress
         if before is None:
@@ -345,7 +335,7 @@ class LinksRouterExchange:
         about = header or (requests[0].header if requests else None)
         layer_id = about.layer_id if about is not None else -1
         num_bytes = sum(request.header.num_bytes for request in requests)
-        waited_s = (time.monotonic_ns() - worker.waiting_since_ns) / 1e9 if requests else 0.0
+        waited_s = worker.deadline.waited_s if requests else 0.0
         self.close()
         return WorkerLost(worker.ep_rank, worker.name, layer_id, phase, num_bytes, waited_s, cause)
 

@@ -1,4 +1,4 @@
-"""Messages of the links: a fixed int64 header, then the arrays of the kind, in one flat uint8 buffer.
+"""Messages of the exchange: a fixed int64 header, then the arrays of the kind, in one flat uint8 buffer.
 
 Shapes: T tokens, K experts per token, R rows, D hidden_size, E_local experts a worker holds.
 """
@@ -25,7 +25,8 @@ MAX_BYTES = 1 << 36
 class Header:
     """The fixed part of every message; one int64 each, in this order. GOODBYE ends a link from either side.
 
-    `capacity_bytes` (STEP) bounds every later message of the step; stamps (REPLY) are the worker's clock.
+    `capacity_bytes` (STEP) bounds every later message of the step; in a collective's ROWS it is the length of
+    the collective that follows. Stamps (REPLY) are the worker's clock.
     """
 
     kind: int
@@ -75,13 +76,18 @@ def pack(buffer: Tensor, header: Header, *arrays: Tensor) -> Tensor:
         )
     words = torch.tensor([MAGIC, *astuple(header)], dtype=torch.int64)
     buffer[:HEADER_BYTES].view(torch.int64).copy_(words)
-    offset = HEADER_BYTES
+    write_arrays(buffer[HEADER_BYTES:], *arrays)
+    return buffer[: header.num_bytes]
+
+
+def write_arrays(buffer: Tensor, *arrays: Tensor) -> None:
+    """Write arrays to the front of `buffer`, one after another, in falling order of element size."""
+    offset = 0
     for array in arrays:
         length = array.numel() * array.element_size()
         if length:
             buffer[offset : offset + length].view(array.dtype).copy_(array.reshape(-1))
         offset += length
-    return buffer[: header.num_bytes]
 
 
 def unpack_header(buffer: Tensor) -> Header:
@@ -100,14 +106,18 @@ def unpack_header(buffer: Tensor) -> Header:
 
 def unpack(buffer: Tensor, header: Header, *layout: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor]:
     """Views of the arrays of a message; `layout` is what the reader expects. Raises MessageError."""
+    expected = HEADER_BYTES + sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in layout)
+    if expected != header.num_bytes:
+        raise MessageError(f"a message of {header.num_bytes} bytes was expected to have {expected}: {header}")
+    return view_arrays(buffer[HEADER_BYTES:], *layout)
+
+
+def view_arrays(buffer: Tensor, *layout: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor]:
+    """Views of the arrays that `write_arrays` wrote."""
     arrays: list[Tensor] = []
-    offset = HEADER_BYTES
-    sizes = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in layout]
-    if offset + sum(sizes) != header.num_bytes:
-        raise MessageError(
-            f"a message of {header.num_bytes} bytes was expected to have {offset + sum(sizes)}: {header}"
-        )
-    for (shape, dtype), length in zip(layout, sizes, strict=True):
+    offset = 0
+    for shape, dtype in layout:
+        length = torch.Size(shape).numel() * dtype.itemsize
         arrays.append(buffer[offset : offset + length].view(dtype).view(shape))
         offset += length
     return arrays
