@@ -21,9 +21,12 @@ class ExpertMeshSection(Section, extra="forbid"):
     device: Literal["cpu", "cuda", "npu"] = "cpu"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     experts_in_process: bool = False
+    exchange: Literal["auto", "links", "collective"] = "auto"
     micro_batches: int = Field(default=1, ge=1, le=8)
+    chunk_rows: int = Field(default=4096, ge=0)
     grouped_matmul: Literal["auto", "on", "off"] = "auto"
     redundant_experts: int = Field(default=0, ge=0)
+    expert_load_file: str | None = Field(default=None, min_length=1)
     topology: Literal["auto", "switch", "direct"] = "auto"
     cutoff_min_rows: int = Field(default=4096, ge=1)
     threads: int | None = Field(default=None, ge=1, le=1024)

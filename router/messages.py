@@ -3,10 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from common.channel import Fatal, Shutdown, by_name
 
 # ---------------------------------------------------------------- front -> engine
+
+
+@dataclass(frozen=True, slots=True)
+class Tune:
+    """From the next step on, exchange rows like this. What a step is doing is not disturbed.
+
+    Attributes:
+        ep_level: 1 AllGather, 2 AllToAll.
+        micro_batches: parts a step is cut into; one computes here while the rows of another are away.
+        chunk_rows: most rows of one message at ep_level 2; 0 does not cut.
+        buffer_factors: [[tokens, factor], ...], see common.row_limits.
+        cutoff_factor: topk_scaling_factor where the cutoff is on, else None.
+        cutoff_min_rows: the cutoff never bounds fewer rows.
+    """
+
+    ep_level: int
+    micro_batches: int
+    chunk_rows: int
+    buffer_factors: list[list[float]]
+    cutoff_factor: float | None
+    cutoff_min_rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +40,9 @@ class Configure:
         block_size: tokens per KV block.
         max_seq_len: most tokens of prompt and answer; None takes what the checkpoint and the cache allow.
         threads: torch threads; None leaves torch's default.
-        micro_batches: parts a step is cut into; one computes here while the rows of another are away.
+        tune: the fields of the Tune that holds from the first step on.
         data_address: address on which links to expert workers are agreed on.
+        exchange: how rows reach expert workers, "links" or "collective".
         experts_in_process: keep the routed experts in this process (loopback) instead of on expert workers.
         deadline_floor_s: shortest time an expert worker is given to answer.
     """
@@ -33,10 +56,10 @@ class Configure:
     max_seq_len: int | None
     max_batch_size: int
     max_prefill_tokens: int
-    ep_level: int
-    micro_batches: int
+    tune: dict[str, Any]
     term: int
     data_address: str
+    exchange: str
     experts_in_process: bool
     deadline_floor_s: float
 
@@ -84,19 +107,6 @@ class Submit:
     max_tokens: int
     stop_token_ids: list[int]
     logprobs: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Tune:
-    """From the next step on, exchange rows like this. What a step is doing is not disturbed.
-
-    Attributes:
-        ep_level: 1 AllGather, 2 AllToAll.
-        micro_batches: parts a step is cut into.
-    """
-
-    ep_level: int
-    micro_batches: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +216,7 @@ class Stats:
     """Sent after a step, at most ten times a second, and when the engine becomes idle.
 
     Attributes:
+        extra_rounds, extra_passes: of the exchange in force, see common.exchange.Extra.
         workers: per ep_rank [receive_s, compute_s, reply_s] of the last step.
     """
 
@@ -214,6 +225,8 @@ class Stats:
     kv_blocks_used: int
     num_steps: int
     epoch: int
+    extra_rounds: int = 0
+    extra_passes: int = 0
     workers: list[list[float]] = field(default_factory=list)
 
 
