@@ -86,9 +86,9 @@ class PairLink:
 
     def close(self) -> None:
         """Drop the group from a thread of its own: dropping one with a pending operation may block."""
-        group, self._group = self._group, None
-        if group is not None:
-            release([group])
+        owned, self._group = [self._group], None  # no name but the reaper's may keep the group alive
+        if owned[0] is not None:
+            release(owned)
 
     def _open_group(self) -> Any:
         group = self._group
@@ -98,7 +98,7 @@ class PairLink:
 
 
 def release(owned: list[Any]) -> None:
-    """Drop the last references in `owned` from a reaper thread, which may block there."""
+    """Empty `owned` from a reaper thread, which may block there; the caller keeps no other reference."""
     threading.Thread(target=owned.clear, name="link-reaper", daemon=True).start()
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -229,13 +230,14 @@ def _rows_of(router: _Router, header: wire.Header, buffer: Tensor, received_ns: 
 def _drop(router: _Router, says_goodbye: bool) -> None:
     with router.lock:
         is_first, router.is_dropped = not router.is_dropped, True
-        pending, router.replies = list(router.replies), []
+        pending: list[Any] = [*router.replies]
+        router.replies.clear()
     if says_goodbye and is_first:
         header = wire.Header(wire.GOODBYE, router.term, router.epoch, router.incarnation, 0)
         threading.Thread(target=say_goodbye, args=(router.link, header), daemon=True).start()
     else:
         router.link.close()
-    release(list(pending))
+    release(pending)
 
 
 def say_goodbye(link: PairLink, header: wire.Header) -> None:

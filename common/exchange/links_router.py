@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -185,8 +186,9 @@ class LinksRouterExchange:
             worker.receives.put(None)
             header = wire.Header(wire.GOODBYE, self._term, self._epoch, worker.incarnation, 0)
             threading.Thread(target=say_goodbye, args=(worker.link, header), daemon=True).start()
-            pending, worker.sends = list(worker.sends), []
-            release(list(pending))
+            pending: list[Any] = [*worker.sends]
+            worker.sends.clear()
+            release(pending)
 
     @property
     def _epoch(self) -> int:
