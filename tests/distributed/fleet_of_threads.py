@@ -1,4 +1,4 @@
-"""A small fleet over real links: expert workers in threads, or in processes of their own."""
+"""A small fleet over real links or groups: expert workers in threads, or in processes of their own."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from common import process_group
 from common.exchange import Received
+from common.exchange.collective import CollectiveExpertExchange, CollectiveRouterExchange, join_group
 from common.exchange.links import LinksExpertExchange, LinksRouterExchange
 from common.exchange.routing import RowShape
 from common.placement import Placement
@@ -21,6 +22,10 @@ from common.process_group import StoreServer
 from expert_worker import step_loop
 
 TERM, EPOCH, INCARNATION, JOIN_S = 3, 5, 7, 20.0
+HOST = "127.0.0.1"
+
+ExpertEnd = LinksExpertExchange | CollectiveExpertExchange
+RouterEnd = LinksRouterExchange | CollectiveRouterExchange
 
 
 def expert_output(rows: Tensor, expert: int) -> Tensor:
@@ -35,11 +40,38 @@ def compute(experts: tuple[int, ...], received_rows: Tensor, counts: Tensor) -> 
     return torch.cat(outputs) if outputs else received_rows
 
 
+def add_router(
+    exchange: ExpertEnd,
+    store: StoreServer,
+    rank: int,
+    placement: Placement,
+    shape: RowShape,
+    term: int = TERM,
+    epoch: int = EPOCH,
+) -> None:
+    """Join one router as worker `rank`."""
+    experts = placement.experts_of(rank)
+    if isinstance(exchange, LinksExpertExchange):
+        link = process_group.join_pair(store.host, store.port, f"w{rank}-{term}-{epoch}", 1, JOIN_S, HOST)
+        exchange.add_router(term, epoch, INCARNATION, link, shape, experts)
+    else:
+        size = placement.ep_size + 1
+        group = join_group(store.host, store.port, f"g-{term}-{epoch}", rank + 1, size, JOIN_S, HOST)
+        exchange.add_router(term, epoch, INCARNATION, group, shape, experts)
+
+
 def join_routers(
-    stores: list[StoreServer], rank: int, placement: Placement, shape: RowShape, delay_s: float
-) -> tuple[LinksExpertExchange, Callable[[Received], Tensor]]:
+    stores: list[StoreServer],
+    rank: int,
+    placement: Placement,
+    shape: RowShape,
+    delay_s: float,
+    kind: str,
+    on_closed: Callable[[int, int, str], None],
+) -> tuple[ExpertEnd, Callable[[Received], Tensor]]:
     """Join every router as worker `rank`; return the exchange and what computes for it."""
-    exchange = LinksExpertExchange(lambda term, epoch, reason: None)
+    ends: dict[str, type[ExpertEnd]] = {"links": LinksExpertExchange, "collective": CollectiveExpertExchange}
+    exchange = ends[kind](on_closed)
     experts = placement.experts_of(rank)
 
     def outputs(received: Received) -> Tensor:
@@ -47,8 +79,7 @@ def join_routers(
         return compute(experts[received.layer_id], received.rows, received.tokens_per_expert)
 
     for number, store in enumerate(stores):
-        link = process_group.join_pair(store.host, store.port, f"w{rank}", 1, JOIN_S, "127.0.0.1")
-        exchange.add_router(TERM + number, EPOCH, INCARNATION, link, shape, experts)
+        add_router(exchange, store, rank, placement, shape, TERM + number)
     return exchange, outputs
 
 
@@ -58,13 +89,26 @@ def worker_process(spec_text: str) -> None:
     torch.set_num_threads(1)
     placement = Placement({int(layer): tuple(map(tuple, own)) for layer, own in spec["layers"].items()})
     shape = RowShape(spec["hidden_size"], spec["top_k"], torch.float32)
-    stores = [StoreServer("127.0.0.1", port, None) for port in spec["ports"]]  # type: ignore[arg-type]
-    exchange, outputs = join_routers(stores, spec["rank"], placement, shape, spec["delay_s"])
+    stores = [StoreServer(HOST, port, None) for port in spec["ports"]]  # type: ignore[arg-type]
+    exchange, outputs = join_routers(
+        stores,
+        spec["rank"],
+        placement,
+        shape,
+        spec["delay_s"],
+        spec["kind"],
+        lambda term, epoch, reason: None,
+    )
     step_loop.serve(exchange, outputs, lambda: False)
 
 
 def start_worker(
-    store: StoreServer, rank: int, placement: Placement, shape: RowShape, delay_s: float
+    store: StoreServer,
+    rank: int,
+    placement: Placement,
+    shape: RowShape,
+    delay_s: float,
+    kind: str = "links",
 ) -> subprocess.Popen[bytes]:
     """Start a worker process that joins one router."""
     spec = {
@@ -72,6 +116,7 @@ def start_worker(
         "rank": rank,
         "layers": dict(placement.layers),
         "delay_s": delay_s,
+        "kind": kind,
         "hidden_size": shape.hidden_size,
         "top_k": shape.num_experts_per_tok,
     }
@@ -79,38 +124,68 @@ def start_worker(
 
 
 def join_workers(
-    store: StoreServer, placement: Placement, shape: RowShape, term: int = TERM, **options: object
-) -> LinksRouterExchange:
+    store: StoreServer,
+    placement: Placement,
+    shape: RowShape,
+    term: int = TERM,
+    kind: str = "links",
+    epoch: int = EPOCH,
+    **options: object,
+) -> RouterEnd:
     """Join every worker as a router."""
-    links = [
-        process_group.join_pair(store.host, store.port, f"w{rank}", 0, JOIN_S, "127.0.0.1")
-        for rank in range(placement.ep_size)
-    ]
-    names = [f"w{rank}" for rank in range(len(links))]
+    names = [f"w{rank}" for rank in range(placement.ep_size)]
     settings: dict[str, object] = {"floor_s": 5.0, "ask_progress": None, **options}
-    return LinksRouterExchange(links, names, placement, shape, term, [INCARNATION] * len(links), **settings)  # type: ignore[arg-type]
+    common = (names, placement, shape, term, [INCARNATION] * len(names))
+    if kind == "collective":
+        size = placement.ep_size + 1
+        group = join_group(store.host, store.port, f"g-{term}-{epoch}", 0, size, JOIN_S, HOST)
+        return CollectiveRouterExchange(group, *common, **settings)  # type: ignore[arg-type]
+    links = [
+        process_group.join_pair(store.host, store.port, f"{name}-{term}-{epoch}", 0, JOIN_S, HOST)
+        for name in names
+    ]
+    return LinksRouterExchange(links, *common, **settings)  # type: ignore[arg-type]
 
 
 class ThreadFleet:
-    """Routers and workers of one process, over real links."""
+    """Routers and workers of one process, over real links or groups."""
 
-    def __init__(self, routers: int, placement: Placement, shape: RowShape, **options: object) -> None:
-        self.stores = [process_group.open_store("127.0.0.1") for _ in range(routers)]
+    def __init__(
+        self,
+        routers: int,
+        placement: Placement,
+        shape: RowShape,
+        kind: str = "links",
+        delay_s: float = 0.0,
+        **options: object,
+    ) -> None:
+        self.stores = [process_group.open_store(HOST) for _ in range(routers)]
         self.is_stopped = threading.Event()
-        self.experts: list[LinksExpertExchange] = []
+        self.closed: list[tuple[int, int, str]] = []
+        self.experts: dict[int, ExpertEnd] = {}
         self.threads = [
-            threading.Thread(target=self._serve, args=(rank, placement, shape), daemon=True)
+            threading.Thread(target=self._serve, args=(rank, placement, shape, kind, delay_s), daemon=True)
             for rank in range(placement.ep_size)
         ]
         for thread in self.threads:
             thread.start()
         self.routers = [
-            join_workers(store, placement, shape, TERM + i, **options) for i, store in enumerate(self.stores)
+            join_workers(store, placement, shape, TERM + i, kind, **options)  # type: ignore[arg-type]
+            for i, store in enumerate(self.stores)
         ]
 
-    def _serve(self, rank: int, placement: Placement, shape: RowShape) -> None:
-        exchange, outputs = join_routers(self.stores, rank, placement, shape, 0.0)
-        self.experts.append(exchange)
+    def _serve(self, rank: int, placement: Placement, shape: RowShape, kind: str, delay_s: float) -> None:
+        closed = self.closed
+        exchange, outputs = join_routers(
+            self.stores,
+            rank,
+            placement,
+            shape,
+            delay_s,
+            kind,
+            lambda term, epoch, reason: closed.append((rank, term, reason)),
+        )
+        self.experts[rank] = exchange
         step_loop.serve(exchange, outputs, self.is_stopped.is_set)
 
     def close(self) -> None:
@@ -118,7 +193,7 @@ class ThreadFleet:
         self.is_stopped.set()
         for router in self.routers:
             router.close()
-        for expert in self.experts:
+        for expert in self.experts.values():
             expert.close()
         for thread in self.threads:
             thread.join(5)

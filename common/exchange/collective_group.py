@@ -1,0 +1,268 @@
+"""Groups of one router and all of its expert workers: rank 0 is the router, rank 1 + ep_rank a worker.
+
+NCCL and HCCL groups are made the way torch and torch_npu make theirs, but have never run: only Gloo has.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib import import_module
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch._C import _distributed_c10d as dist
+
+from common.errors import LinkError
+from common.process_group import IDLE, calm_loop_threads, delete_keys, first_line, gloo_device, release
+
+LEAST_WAIT_S = 0.001
+
+
+class PendingCollective:
+    """A collective under way; keep it until it `is_done`, for it keeps its tensors."""
+
+    def __init__(self, work: Any, waits_on_host: bool, *tensors: Tensor) -> None:
+        self._work = work
+        self._waits_on_host = waits_on_host
+        self._tensors = tensors
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has ended, well or not: `wait` says which, at once."""
+        return bool(self._work.is_completed())
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Wait for the end; None: until the limit of its lane. On Gloo an expired wait may be repeated.
+
+        Raises:
+            LinkError: a rank is gone, or the time passed.
+        """
+        try:
+            if timeout_s is None:
+                self._work.wait()
+            else:
+                self._work.wait(timedelta(seconds=max(timeout_s, LEAST_WAIT_S)))
+        except RuntimeError as error:
+            raise LinkError(f"the group failed: {first_line(error)}") from error
+        if not self._waits_on_host:
+            torch.accelerator.current_stream(self._tensors[0].device).synchronize()
+
+
+class Lane:
+    """One process group: its collectives must be begun in the same order on every rank.
+
+    Splits count entries of the first dimension, one per worker in ep_rank order.
+    """
+
+    def __init__(self, group: Any, size: int, waits_on_host: bool) -> None:
+        self._group = group
+        self._size = size
+        self._waits_on_host = waits_on_host
+        self._lock = threading.Lock()
+
+    def scatter(self, sent: Tensor, splits: Sequence[int]) -> PendingCollective:
+        """Send every worker its part; the router's half of an all-to-all whose other half is `receive`."""
+        return self._all_to_all(_nothing_like(sent), sent, [0] * self._size, [0, *splits])
+
+    def receive(self, buffer: Tensor) -> PendingCollective:
+        """Fill the buffer with this worker's part of what the router scatters."""
+        return self._all_to_all(
+            buffer, _nothing_like(buffer), [buffer.shape[0], *[0] * (self._size - 1)], [0] * self._size
+        )
+
+    def gather(self, buffer: Tensor, splits: Sequence[int]) -> PendingCollective:
+        """Fill the buffer with every worker's part; the router's half, whose other half is `send`."""
+        # An all-to-all because HCCL has no gather, and because the parts differ in size at ep_level 2.
+        return self._all_to_all(buffer, _nothing_like(buffer), [0, *splits], [0] * self._size)
+
+    def send(self, part: Tensor) -> PendingCollective:
+        """Send this worker's part of what the router gathers."""
+        return self._all_to_all(
+            _nothing_like(part), part, [0] * self._size, [part.shape[0], *[0] * (self._size - 1)]
+        )
+
+    def broadcast(self, tensor: Tensor) -> PendingCollective:
+        """Fill the tensor of every worker with the router's, which must have the same size."""
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
+        return self._begin(lambda group: group.broadcast([tensor], options), tensor)
+
+    def limit(self, timeout: timedelta) -> None:
+        """Let every later collective fail after this time."""
+        with self._lock:
+            self._open_group()._set_default_timeout(timeout)
+
+    def close(self) -> None:
+        """Drop the group from a thread of its own: Gloo blocks there until what was begun has ended."""
+        with self._lock:
+            owned, self._group = [self._group], None  # no name but the reaper's may keep the group alive
+        if owned[0] is not None:
+            release(owned)
+
+    def _all_to_all(
+        self, received: Tensor, sent: Tensor, received_splits: list[int], sent_splits: list[int]
+    ) -> PendingCollective:
+        options = dist.AllToAllOptions()
+        return self._begin(
+            lambda group: group.alltoall_base(received, sent, received_splits, sent_splits, options),
+            received,
+            sent,
+        )
+
+    def _begin(self, begin: Callable[[Any], Any], *tensors: Tensor) -> PendingCollective:
+        try:
+            with self._lock:
+                return PendingCollective(begin(self._open_group()), self._waits_on_host, *tensors)
+        except RuntimeError as error:
+            raise LinkError(f"the group failed: {first_line(error)}") from error
+
+    def _open_group(self) -> Any:
+        group = self._group
+        if group is None:
+            raise LinkError("the group is closed: join a new one")
+        return group
+
+
+@dataclass(frozen=True, slots=True)
+class CollectiveGroup:
+    """The lanes of an epoch.
+
+    Attributes:
+        metadata: always Gloo, so that an idle worker waits on its host and no device spins.
+        dispatch: rows to the workers.
+        combine: replies; a lane of its own because a worker takes the next rows while it computes a reply.
+        size: ranks of every lane.
+        device: where the tensors of dispatch and combine must be; those of metadata are on the CPU.
+    """
+
+    metadata: Lane
+    dispatch: Lane
+    combine: Lane
+    size: int
+    device: torch.device
+
+    def limit(self, timeout_s: float) -> None:
+        """Let every later collective fail after this time."""
+        for lane in (self.metadata, self.dispatch, self.combine):
+            lane.limit(timedelta(seconds=timeout_s))
+
+    def close(self) -> None:
+        """Drop all lanes; never blocks."""
+        for lane in (self.metadata, self.dispatch, self.combine):
+            lane.close()
+
+
+class _Opener(Protocol):
+    """Makes the process group of one collective library."""
+
+    def __call__(
+        self, store: dist.Store, rank: int, size: int, timeout: timedelta, data_address: str
+    ) -> Any: ...
+
+
+def _open_gloo(store: dist.Store, rank: int, size: int, timeout: timedelta, data_address: str) -> Any:
+    gloo: Any = dist.ProcessGroupGloo
+    options = gloo._Options()
+    options._devices = [gloo_device(data_address)]
+    options._threads = 1
+    options._timeout = timeout
+    return gloo(store, rank, size, options)
+
+
+def _open_nccl(store: dist.Store, rank: int, size: int, timeout: timedelta, data_address: str) -> Any:
+    nccl: Any = dist.ProcessGroupNCCL  # which address it uses is NCCL_SOCKET_IFNAME's to say
+    options = nccl.Options()
+    options._timeout = timeout
+    return nccl(store, rank, size, options)
+
+
+def _open_hccl(store: dist.Store, rank: int, size: int, timeout: timedelta, data_address: str) -> Any:
+    hccl: Any = import_module("torch_npu")._C._distributed_c10d.ProcessGroupHCCL  # likewise HCCL_IF_IP
+    options = hccl.Options()
+    options._timeout = timeout
+    return hccl(store, rank, size, options)
+
+
+@dataclass(frozen=True, slots=True)
+class _Backend:
+    """One collective library.
+
+    Attributes:
+        device: where the tensors of its collectives must be.
+        waits_on_host: False where `wait` only makes the current stream wait.
+    """
+
+    open: _Opener
+    device: str
+    waits_on_host: bool
+
+
+_BACKENDS = {
+    "gloo": _Backend(_open_gloo, "cpu", True),
+    "nccl": _Backend(_open_nccl, "cuda", False),
+    "hccl": _Backend(_open_hccl, "npu", False),
+}
+
+
+def join_group(
+    host: str,
+    port: int,
+    prefix: str,
+    rank: int,
+    size: int,
+    timeout_s: float,
+    data_address: str,
+    backend: str = "gloo",
+) -> CollectiveGroup:
+    """Join the group `prefix` of `size` ranks; rank 0 deletes its keys from the store once all are up.
+
+    Args:
+        backend: gloo, nccl or hccl; the last two have never run.
+
+    Raises:
+        LinkError: the store or a rank was not there within timeout_s, or this torch lacks the backend.
+        KeyError: a backend of another name.
+    """
+    deadline = time.monotonic() + timeout_s
+    rows, lanes = _BACKENDS[backend], list[Lane]()
+
+    def left() -> timedelta:
+        return timedelta(seconds=max(deadline - time.monotonic(), LEAST_WAIT_S))
+
+    try:
+        store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=left())
+        for name, kind in (("metadata", _BACKENDS["gloo"]), ("dispatch", rows), ("combine", rows)):
+            scoped = dist.PrefixStore(f"{prefix}/{name}", store)
+            lane = Lane(kind.open(scoped, rank, size, left(), data_address), size, kind.waits_on_host)
+            lanes.append(lane)
+            lane.limit(left())
+            _meet(lane, rank, size, kind.device)
+            lane.limit(IDLE)
+        if rank == 0:
+            delete_keys(store, prefix)
+    except (ImportError, AttributeError, OSError, RuntimeError, LinkError) as error:
+        for lane in lanes:
+            lane.close()
+        raise LinkError(
+            f"group {prefix} of {size} ranks over {host}:{port} was not made with {backend} within "
+            f"{timeout_s:.1f} s: {first_line(error)}"
+        ) from error
+    calm_loop_threads()
+    metadata, dispatch, combine = lanes
+    return CollectiveGroup(metadata, dispatch, combine, size, torch.device(rows.device))
+
+
+def _meet(lane: Lane, rank: int, size: int, device: str) -> None:
+    # Once rank 0 has heard from everybody, nobody needs the store any more. NCCL connects only here.
+    words = torch.zeros(size - 1 if rank == 0 else 1, dtype=torch.int64, device=device)
+    met = lane.send(words) if rank else lane.gather(words, [1] * (size - 1))
+    met.wait()
+
+
+def _nothing_like(tensor: Tensor) -> Tensor:
+    return tensor.new_empty((0, *tensor.shape[1:]))

@@ -1,0 +1,386 @@
+"""The router's end of a group.
+
+One thread waits for the gathers of replies, in their order: what a library does to a group whose wait expired
+differs, so a deadline that may be extended is kept on the queue between that thread and `combine`.
+Shapes: T tokens, K experts per token, R rows, D hidden_size, W workers, E_local experts of a worker.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.errors import LinkError, MessageError, WorkerLost
+from common.exchange import ALL_GATHER, Dispatched, StepHeader, wire
+from common.exchange import collective_message as message
+from common.exchange.collective_group import CollectiveGroup, PendingCollective
+from common.exchange.deadline import CEILING_S, Deadline
+from common.exchange.rounds import cut_rounds
+from common.exchange.routing import RowShape, SortedRows, layer_table, sort_rows, weighted_sum
+from common.exchange.silent_worker import Verdict, inquire
+from common.placement import Placement
+from common.process_group import release
+from common.timeline import Timeline
+
+logger = logging.getLogger(__name__)
+
+GOODBYE_S = 1.0
+LIMIT_S = CEILING_S + 60.0
+"""When Gloo gives up by itself: later than any deadline here, soon enough to free what a lost group holds."""
+DEATH_PROBES = 4
+"""How often an agent is asked about an executor whose death it may not have noticed yet."""
+
+
+@dataclass(slots=True)
+class _InFlight(Dispatched):
+    """A dispatch whose replies are collected: rows by slot at level 2, one sum per worker at level 1."""
+
+    topk_weights: Tensor
+    output: Tensor
+    sorted_rows: SortedRows | None = None
+    partials: list[Tensor] = field(default_factory=list)
+    missing: int = 0
+
+
+@dataclass(slots=True)
+class _Request:
+    """One round to all workers that was not answered yet.
+
+    Attributes:
+        headers: what each worker was sent.
+        begins: level 2: where each worker's rows begin in the owner's output.
+        words: length of each worker's reply in the buffer.
+    """
+
+    owner: _InFlight
+    headers: list[wire.Header]
+    begins: list[int]
+    words: list[int]
+    buffer: Tensor
+    posted_ns: int
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of the worker that has most to do."""
+        return max(header.num_rows for header in self.headers)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that all workers were sent."""
+        return sum(header.num_bytes + header.capacity_bytes for header in self.headers)
+
+
+Arrival = tuple[LinkError | None, int]
+
+
+class CollectiveRouterExchange:
+    """A RouterExchange over a group. After a WorkerLost it is closed and of no further use."""
+
+    def __init__(  # noqa: PLR0913, PLR0917 - the order is that of the links
+        self,
+        group: CollectiveGroup,
+        names: Sequence[str],
+        placement: Placement,
+        shape: RowShape,
+        term: int,
+        incarnations: Sequence[int],
+        floor_s: float,
+        ask_progress: Callable[[int], int | None] | None,
+        timeline: Timeline | None = None,
+        capacity_rows: Callable[[int], int] | None = None,
+    ) -> None:
+        """Take over the group; `capacity_rows(num_tokens)` bounds the rows of one worker in one round.
+
+        Raises:
+            LinkError: the group does not have the size of the placement, or failed already.
+        """
+        if not group.size - 1 == len(names) == len(incarnations) == placement.ep_size:
+            raise LinkError(
+                f"a group of {group.size} ranks cannot serve {placement.ep_size} workers: it needs one more"
+            )
+        self._group, self._names, self._incarnations = group, list(names), list(incarnations)
+        self._tables = {layer_id: layer_table(owners) for layer_id, owners in placement.layers.items()}
+        self._most_local = max((table.most_local for table in self._tables.values()), default=1)
+        self._shape, self._term = shape, term
+        self._ask_progress, self._timeline = ask_progress, timeline
+        self._capacity_rows = capacity_rows or (lambda num_tokens: num_tokens * shape.num_experts_per_tok)
+        self._step: StepHeader | None = None
+        self._round_rows = 1
+        self._requests: deque[_Request] = deque()
+        self._sends: deque[PendingCollective] = deque()
+        self._waits: SimpleQueue[PendingCollective | None] = SimpleQueue()
+        self._arrivals: SimpleQueue[Arrival] = SimpleQueue()
+        self._deadline = Deadline(floor_s)
+        self._times = [[0.0, 0.0, 0.0] for _ in names]
+        self._is_closed = False
+        group.limit(LIMIT_S)
+        self._sends.append(group.metadata.broadcast(message.opening(self._most_local)))
+        threading.Thread(
+            target=_wait_all, args=(self._waits, self._arrivals), name="replies", daemon=True
+        ).start()
+
+    def begin(self, header: StepHeader) -> None:
+        """Announce a step to every worker. Raises WorkerLost."""
+        self._check_open()
+        if header.term != self._term:
+            raise MessageError(f"a step of term {header.term} cannot use a group of term {self._term}")
+        self._step = header
+        tokens = wire.size_class(header.num_tokens)
+        self._round_rows = max(self._capacity_rows(tokens), 1)
+        most_rows = min(self._round_rows, tokens * self._shape.num_experts_per_tok)
+        capacity = wire.HEADER_BYTES + message.body_bytes(header.ep_level, tokens, most_rows, self._shape)
+        self._times = [[0.0, 0.0, 0.0] for _ in self._names]
+        headers = [self._header(wire.STEP, ep_rank, header) for ep_rank in range(len(self._names))]
+        for one in headers:
+            one.capacity_bytes, one.micro_batches = capacity, header.micro_batches
+        try:
+            self._send_metadata(headers, None)
+        except LinkError as error:
+            raise self._broken(error, "begin", -1) from error
+
+    def dispatch(
+        self, layer_id: int, micro_batch: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
+    ) -> Dispatched:
+        """Send hidden_states [T, D] to the experts topk_ids [T, K]; weights [T, K]. Raises WorkerLost."""
+        self._check_open()
+        step = self._step
+        if step is None:
+            raise MessageError("dispatch was called before begin: announce the step first")
+        start_ns = time.monotonic_ns()
+        num_tokens = hidden_states.shape[0]
+        flight = _InFlight(layer_id, micro_batch, num_tokens, topk_weights, hidden_states[:0])
+        try:
+            if step.ep_level == ALL_GATHER and num_tokens:
+                self._dispatch_tokens(step, flight, hidden_states, topk_ids)
+            elif num_tokens:
+                self._dispatch_rows(step, flight, hidden_states, topk_ids)
+        except LinkError as error:
+            raise self._broken(error, "dispatch", layer_id) from error
+        self._record("dispatch", start_ns, layer_id)
+        return flight
+
+    def combine(self, dispatched: Dispatched) -> Tensor:
+        """Wait for the experts and return their weighted sum, [T, D] float32. Raises WorkerLost.
+
+        Replies come in the order of dispatch: those of earlier flights are taken in on the way.
+        """
+        self._check_open()
+        if not isinstance(dispatched, _InFlight):
+            raise LinkError("these rows were dispatched by another exchange: combine them there")
+        start_ns = time.monotonic_ns()
+        while dispatched.missing:
+            self._take_arrival()
+        self._record("wait", start_ns, dispatched.layer_id)
+        start_ns = time.monotonic_ns()
+        if dispatched.sorted_rows is not None:
+            total = weighted_sum(
+                dispatched.output, dispatched.sorted_rows.position_of, dispatched.topk_weights
+            )
+        else:
+            shape = (dispatched.num_tokens, self._shape.hidden_size)
+            total = torch.zeros(shape, dtype=torch.float64, device=dispatched.output.device)
+            for partial in dispatched.partials:
+                total += partial
+        combined = total.float()
+        self._record("combine", start_ns, dispatched.layer_id)
+        return combined
+
+    def last_step_times(self) -> list[list[float]]:
+        """Per ep_rank, seconds of the last step: [receive, compute, reply]."""
+        return [list(times) for times in self._times]
+
+    def close(self) -> None:
+        """Drop the group; living workers are told, a dead one costs no time."""
+        self._end(says_goodbye=True)
+
+    def _header(self, kind: int, ep_rank: int, step: StepHeader) -> wire.Header:
+        header = wire.Header(kind, step.term, step.epoch, self._incarnations[ep_rank], step.step_id)
+        header.ep_level, header.num_tokens = step.ep_level, step.num_tokens
+        return header
+
+    def _rows_headers(self, step: StepHeader, flight: _InFlight) -> list[wire.Header]:
+        headers = [self._header(wire.ROWS, ep_rank, step) for ep_rank in range(len(self._names))]
+        for header in headers:
+            header.layer_id, header.micro_batch = flight.layer_id, flight.micro_batch
+            header.num_tokens = header.num_rows = flight.num_tokens
+        return headers
+
+    def _dispatch_tokens(
+        self, step: StepHeader, flight: _InFlight, hidden_states: Tensor, topk_ids: Tensor
+    ) -> None:
+        headers = self._rows_headers(step, flight)
+        body = message.pack_tokens(topk_ids, flight.topk_weights, hidden_states, self._shape)
+        for header in headers:
+            header.capacity_bytes = body.numel()
+        self._send_metadata(headers, None)
+        self._sends.append(self._group.dispatch.broadcast(body.to(self._group.device)))
+        self._expect(flight, headers, [])
+
+    def _dispatch_rows(
+        self, step: StepHeader, flight: _InFlight, hidden_states: Tensor, topk_ids: Tensor
+    ) -> None:
+        table = self._tables[flight.layer_id]
+        sorted_rows = sort_rows(topk_ids, table)
+        rows = hidden_states[sorted_rows.token_of].to(self._group.device)
+        flight.sorted_rows, flight.output = sorted_rows, torch.empty_like(rows)
+        rounds = cut_rounds(sorted_rows, self._round_rows)
+        for index, one in enumerate(rounds):
+            splits = [end - begin for begin, end in one.parts]
+            headers = self._rows_headers(step, flight)
+            for header, num_rows, num_local in zip(headers, splits, table.num_local, strict=True):
+                header.round, header.rounds = index, len(rounds)
+                header.num_rows, header.num_experts = num_rows, num_local
+                header.capacity_bytes = message.body_bytes(step.ep_level, 0, num_rows, self._shape)
+            self._send_metadata(headers, one.counts)
+            sent = rows if len(rounds) == 1 else torch.cat([rows[begin:end] for begin, end in one.parts])
+            self._sends.append(self._group.dispatch.scatter(sent, splits))
+            self._expect(flight, headers, [begin for begin, _ in one.parts])
+
+    def _send_metadata(self, headers: list[wire.Header], counts: Tensor | None) -> None:
+        while self._sends and self._sends[0].is_done:
+            self._sends.popleft().wait()
+        each = [
+            message.pack_metadata(header, None if counts is None else counts[ep_rank], self._most_local)
+            for ep_rank, header in enumerate(headers)
+        ]
+        self._sends.append(self._group.metadata.scatter(torch.cat(each), [part.numel() for part in each]))
+
+    def _expect(self, flight: _InFlight, headers: list[wire.Header], begins: list[int]) -> None:
+        words = [message.reply_words(header, self._shape) for header in headers]
+        buffer = torch.empty(sum(words), dtype=torch.int64, device=self._group.device)
+        self._waits.put(self._group.combine.gather(buffer, words))
+        posted_ns = time.monotonic_ns()
+        if not self._requests:
+            self._deadline.waiting_since_ns = posted_ns
+        self._requests.append(_Request(flight, headers, begins, words, buffer, posted_ns))
+        flight.missing += 1
+        self._extend()
+
+    def _take_arrival(self) -> None:
+        if not self._requests:
+            raise LinkError("these rows were dispatched by another exchange: combine them there")
+        request = self._requests[0]
+        layer_id = request.owner.layer_id
+        try:
+            error, arrived_ns = self._arrivals.get(timeout=self._deadline.left_s)
+        except Empty:
+            self._expire(layer_id)
+            return
+        if error is not None:
+            raise self._broken(error, "combine", layer_id) from error
+        for ep_rank, words in enumerate(request.buffer.split(request.words)):
+            try:
+                self._accept(request, ep_rank, words.view(torch.uint8), arrived_ns)
+            except MessageError as error:
+                raise self._lost(ep_rank, "combine", layer_id, str(error)) from error
+        self._requests.popleft()
+        request.owner.missing -= 1
+        self._deadline.learn(request.most_rows, request.posted_ns, arrived_ns)
+        self._extend()
+
+    def _accept(self, request: _Request, ep_rank: int, buffer: Tensor, arrived_ns: int) -> None:
+        header, sent, flight = wire.unpack_header(buffer), request.headers[ep_rank], request.owner
+        if header.kind != wire.REPLY or _place_of(header) != _place_of(sent):
+            raise MessageError(f"no reply was expected that looks like {header}")
+        shape = (sent.num_rows, self._shape.hidden_size)
+        if flight.sorted_rows is None:
+            flight.partials.extend(wire.unpack(buffer, header, (shape, torch.float64)))
+        else:
+            begin = request.begins[ep_rank]
+            rows = wire.unpack(buffer, header, (shape, self._shape.dtype))[0]
+            flight.output[begin : begin + sent.num_rows] = rows
+        at_worker_ns = header.compute_end_ns - header.received_ns
+        times = self._times[ep_rank]
+        times[0] += (header.compute_start_ns - header.received_ns) / 1e9
+        times[1] += (header.compute_end_ns - header.compute_start_ns) / 1e9
+        times[2] += max(arrived_ns - request.posted_ns - at_worker_ns, 0) / 1e9
+        if self._timeline is not None:
+            span = (header.compute_start_ns, header.compute_end_ns, self._names[ep_rank])
+            self._timeline.add("experts", *span, layer_id=header.layer_id, rows=sent.num_rows)
+
+    def _extend(self) -> None:
+        self._deadline.extend(sum(request.most_rows for request in self._requests))
+
+    def _expire(self, layer_id: int) -> None:
+        verdict = self._inquire(1)
+        if not self._arrivals.empty():
+            return  # something came while we asked: look at it first
+        if verdict.ep_rank is not None or self._deadline.waited_s > CEILING_S:
+            cause = f"no answer within the deadline, {verdict.cause}"
+            raise self._lost(verdict.ep_rank or 0, "combine", layer_id, cause)
+        self._extend()
+
+    def _broken(self, error: LinkError, phase: str, layer_id: int) -> WorkerLost:
+        verdict = self._inquire(DEATH_PROBES)
+        return self._lost(verdict.ep_rank or 0, phase, layer_id, f"{error}; {verdict.cause}")
+
+    def _inquire(self, attempts: int) -> Verdict:
+        if self._ask_progress is None:
+            return Verdict(
+                0, f"which worker it was is unknown, this is merely the first of {len(self._names)}"
+            )
+        return inquire(self._ask_progress, len(self._names), attempts)
+
+    def _lost(self, ep_rank: int, phase: str, layer_id: int, cause: str) -> WorkerLost:
+        num_bytes = sum(request.num_bytes for request in self._requests)
+        waited_s = self._deadline.waited_s if self._requests else 0.0
+        self._end(says_goodbye=False)
+        return WorkerLost(ep_rank, self._names[ep_rank], layer_id, phase, num_bytes, waited_s, cause)
+
+    def _end(self, says_goodbye: bool) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._waits.put(None)
+        goodbye = None
+        if says_goodbye:
+            step = self._step or StepHeader(self._term, 0, 0, 0, 0)
+            headers = [self._header(wire.GOODBYE, ep_rank, step) for ep_rank in range(len(self._names))]
+            goodbye = [message.pack_metadata(header, None, self._most_local) for header in headers]
+        pending: list[Any] = [*self._sends, *self._requests]
+        self._sends.clear()
+        self._requests.clear()
+        release(pending)
+        threading.Thread(target=_leave, args=(self._group, goodbye), name="goodbye", daemon=True).start()
+
+    def _record(self, name: str, start_ns: int, layer_id: int) -> None:
+        if self._timeline is not None:
+            self._timeline.add(name, start_ns, time.monotonic_ns(), "router", layer_id=layer_id)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise LinkError("the exchange is closed: connect the next epoch")
+
+
+def _place_of(header: wire.Header) -> tuple[int, ...]:
+    origin = (header.term, header.epoch, header.incarnation, header.step_id)
+    return (*origin, header.layer_id, header.micro_batch, header.round)
+
+
+def _wait_all(waits: SimpleQueue[PendingCollective | None], arrivals: SimpleQueue[Arrival]) -> None:
+    while (gathered := waits.get()) is not None:
+        try:
+            gathered.wait()
+        except LinkError as error:
+            arrivals.put((error, time.monotonic_ns()))
+            return
+        arrivals.put((None, time.monotonic_ns()))
+
+
+def _leave(group: CollectiveGroup, goodbye: list[Tensor] | None) -> None:
+    try:
+        if goodbye is not None:
+            splits = [part.numel() for part in goodbye]
+            group.metadata.scatter(torch.cat(goodbye), splits).wait(GOODBYE_S)
+    except LinkError as error:
+        logger.debug("no goodbye: %s", error)
+    group.close()
