@@ -134,8 +134,8 @@ class CollectiveExpertExchange:
     def _receive_all(self, router: _Router) -> None:
         reason = ""
         try:
-            words = torch.empty(message.OPENING_WORDS, dtype=torch.int64, device=router.group.device)
-            router.group.dispatch.broadcast(words).wait()  # an idle router costs nothing: no deadline here
+            words = torch.empty(message.OPENING_WORDS, dtype=torch.int64)
+            router.group.metadata.broadcast(words).wait()  # an idle router costs nothing: no deadline here
             most_local = message.check_opening(words, router.experts)
             while not router.is_dropped:
                 self._receive_one(router, message.metadata_words(most_local))
@@ -150,8 +150,8 @@ class CollectiveExpertExchange:
             self._on_closed(router.term, router.epoch, reason)
 
     def _receive_one(self, router: _Router, num_words: int) -> None:
-        words = torch.empty(num_words, dtype=torch.int64, device=router.group.device)
-        router.group.dispatch.receive(words).wait()
+        words = torch.empty(num_words, dtype=torch.int64)
+        router.group.metadata.receive(words).wait()
         if router.is_dropped:
             return
         _forget_sent(router)

@@ -53,7 +53,7 @@ def pack_metadata(header: wire.Header, counts: Tensor | None, most_local: int) -
 
 def unpack_metadata(words: Tensor) -> tuple[wire.Header, Tensor]:
     """The header, and rows per expert [M]. Raises MessageError."""
-    buffer = words.cpu().view(torch.uint8)
+    buffer = words.view(torch.uint8)
     header = wire.unpack_header(buffer)
     (counts,) = wire.unpack(buffer, header, ((words.numel() - wire.HEADER_WORDS,), torch.int64))
     return header, counts

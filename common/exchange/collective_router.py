@@ -123,8 +123,7 @@ class CollectiveRouterExchange:
         self._times = [[0.0, 0.0, 0.0] for _ in names]
         self._is_closed = False
         group.limit(LIMIT_S)
-        opening = message.opening(self._most_local).to(group.device)
-        self._sends.append(group.dispatch.broadcast(opening))
+        self._sends.append(group.metadata.broadcast(message.opening(self._most_local)))
         threading.Thread(
             target=_wait_all, args=(self._waits, self._arrivals), name="replies", daemon=True
         ).start()
@@ -258,8 +257,7 @@ class CollectiveRouterExchange:
             message.pack_metadata(header, None if counts is None else counts[ep_rank], self._most_local)
             for ep_rank, header in enumerate(headers)
         ]
-        words = torch.cat(each).to(self._group.device)
-        self._sends.append(self._group.dispatch.scatter(words, [part.numel() for part in each]))
+        self._sends.append(self._group.metadata.scatter(torch.cat(each), [part.numel() for part in each]))
 
     def _expect(self, flight: _InFlight, headers: list[wire.Header], begins: list[int]) -> None:
         words = [message.reply_words(header, self._shape) for header in headers]
@@ -387,8 +385,8 @@ def _wait_all(waits: SimpleQueue[PendingCollective | None], arrivals: SimpleQueu
 def _leave(group: CollectiveGroup, goodbye: list[Tensor] | None) -> None:
     try:
         if goodbye is not None:
-            words = torch.cat(goodbye).to(group.device)
-            group.dispatch.scatter(words, [part.numel() for part in goodbye]).wait(GOODBYE_S)
+            splits = [part.numel() for part in goodbye]
+            group.metadata.scatter(torch.cat(goodbye), splits).wait(GOODBYE_S)
     except LinkError as error:
         logger.debug("no goodbye: %s", error)
     group.close()

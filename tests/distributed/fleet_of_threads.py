@@ -178,6 +178,7 @@ class ThreadFleet:
         ]
 
     def _serve(self, rank: int, placement: Placement, shape: RowShape, kind: str, delay_s: float) -> None:
+        closed = self.closed
         exchange, outputs = join_routers(
             self.stores,
             rank,
@@ -185,7 +186,7 @@ class ThreadFleet:
             shape,
             delay_s,
             kind,
-            lambda term, epoch, reason: self.closed.append((rank, term, reason)),
+            lambda term, epoch, reason: closed.append((rank, term, reason)),
         )
         self.experts[rank] = exchange
 
