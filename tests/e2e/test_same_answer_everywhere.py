@@ -57,6 +57,26 @@ def test_answers_are_bitwise_those_of_one_process(
         assert answers(fleet) == loopback_answers
 
 
+VARIANTS: dict[str, tuple[int, dict[str, str]]] = {
+    "collective, AllGather": (1, {"EXPERTMESH_EXCHANGE": "collective"}),
+    "collective, AllToAll": (2, {"EXPERTMESH_EXCHANGE": "collective"}),
+    "micro-batches": (2, {"EXPERTMESH_MICRO_BATCHES": "3", "EXPERTMESH_CHUNK_ROWS": "4"}),
+    "replicas, AllGather": (1, {"EXPERTMESH_REDUNDANT_EXPERTS": "9"}),
+    "replicas, AllToAll": (2, {"EXPERTMESH_REDUNDANT_EXPERTS": "9"}),
+}
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_how_rows_travel_and_who_serves_them_changes_no_bit(
+    v3_model: Path, loopback_answers: list[tuple[object, ...]], variant: str
+) -> None:
+    ep_level, environment = VARIANTS[variant]
+    flags = ("--expert-workers", "3", "--ep-level", str(ep_level))
+    with fleet_of(v3_model, *flags, **environment) as fleet:
+        assert answers(fleet) == loopback_answers
+
+
 @pytest.mark.e2e
 def test_a_v2_checkpoint_answers_the_same_in_one_process_and_with_two_workers(v2_model: Path) -> None:
     with fleet_of(v2_model, "--expert-workers", "0") as fleet:
