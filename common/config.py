@@ -40,6 +40,7 @@ keys to values: {"ServerConfig.port": 0, "ModelConfig.worldSize": 4, "ExpertMesh
 | register_timeout_s               | ExpertMesh.registerTimeoutSeconds         | 60.0                       |
 | deadline_floor_s                 | ExpertMesh.deadlineFloorSeconds           | 0.25                       |
 | drain_timeout_s                  | ExpertMesh.drainTimeoutSeconds            | 30.0                       |
+| trace_file                       | ExpertMesh.traceFile                      | None: nothing is recorded  |
 | log_level                        | ExpertMesh.logLevel                       | "info"                     |
 | max_queued_requests              | ExpertMesh.maxQueuedRequests              | 1000                       |
 | fleet_token_file                 | ExpertMesh.fleetTokenFile                 | None; see fleet_token()    |
@@ -124,6 +125,7 @@ class Config(BaseModel):
     register_timeout_s: Annotated[float, At("ExpertMesh.registerTimeoutSeconds")]
     deadline_floor_s: Annotated[float, At("ExpertMesh.deadlineFloorSeconds")]
     drain_timeout_s: Annotated[float, At("ExpertMesh.drainTimeoutSeconds")]
+    trace_file: Annotated[str | None, At("ExpertMesh.traceFile")]
     log_level: Annotated[str, At("ExpertMesh.logLevel")]
     max_queued_requests: Annotated[int, At("ExpertMesh.maxQueuedRequests")]
     fleet_token_file: Annotated[str | None, At("ExpertMesh.fleetTokenFile")]

@@ -34,6 +34,7 @@ class ExpertMeshSection(Section, extra="forbid"):
     fleet_token_file: str | None = Field(default=None, min_length=1)
     deadline_floor_seconds: float = Field(default=0.25, gt=0, le=60)
     drain_timeout_seconds: float = Field(default=30.0, ge=0, le=86400)
+    trace_file: str | None = Field(default=None, min_length=1)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     max_queued_requests: int = Field(default=1000, ge=1, le=1 << 20)
     router: Annotated[str | None, matching(r".+:[0-9]{1,5}", "must be HOST:PORT")] = None

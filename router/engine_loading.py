@@ -17,16 +17,20 @@ from common.errors import ConfigError
 from common.exchange.loopback import LoopbackExchange
 from common.exchange.routing import RowShape
 from common.model_config import ModelConfig
+from common.timeline import Timeline
 from router.connector import Connector
 from router.engine import Engine, Membership
 from router.joining import LinkAddress, RouterEnd
 from router.messages import Configure, LinkFailed, Loaded, Loading, Tune
 from router.model.latent_cache import LatentCache
 from router.model.loading import load_model, resolve_dtype
+from router.model.recording import record_modules
 from router.scheduler import Limits, Scheduler
 
 logger = logging.getLogger(__name__)
 
+MOST_SPANS = 100_000
+"""Spans a trace holds: what comes later is not recorded."""
 LOADING_INTERVAL_S = 0.2
 """Shortest time between two Loading messages."""
 
@@ -55,10 +59,16 @@ class LoadingProgress:
 
 @dataclass(frozen=True, slots=True)
 class LoadedEngine:
-    """An engine, and the way its links are made; None where the experts are in this process."""
+    """An engine, the way its links are made, and what it records.
+
+    Attributes:
+        connector: None where the experts are in this process.
+        timeline: None where nothing is recorded.
+    """
 
     engine: Engine
     connector: Connector | None
+    timeline: Timeline | None
 
 
 def load(
@@ -85,6 +95,9 @@ def load(
     address = _open_address(configure)
     progress = LoadingProgress(send)
     model = load_model(Path(configure.model_path), configure.dtype, configure.device, progress)
+    timeline = Timeline(MOST_SPANS) if configure.trace_file is not None else None
+    if timeline is not None:
+        record_modules(model, timeline)
     engine = Engine(
         model,
         LatentCache(config, limits.num_blocks, limits.block_size, dtype, device),
@@ -102,7 +115,7 @@ def load(
         progress.begin_part()
         engine.adopt(_experts_in_process(configure, config, progress))
     else:
-        end = RouterEnd(shape, configure.term, configure.deadline_floor_s, ask_progress)
+        end = RouterEnd(shape, configure.term, configure.deadline_floor_s, ask_progress, timeline)
         connector = Connector(configure.exchange, address, end, deliver)
     send(
         Loaded(
@@ -114,7 +127,7 @@ def load(
             store_port=address.store.port if address else 0,
         )
     )
-    return LoadedEngine(engine, connector)
+    return LoadedEngine(engine, connector, timeline)
 
 
 def size_cache(configure: Configure, max_position_embeddings: int, bytes_per_block: int) -> Limits:

@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -82,6 +83,8 @@ class EngineProcess:
             return self._fail(error)
         finally:
             loaded.engine.close()
+            if loaded.timeline is not None and first.trace_file is not None:
+                loaded.timeline.write(Path(first.trace_file))
 
     def _serve(self, loaded: LoadedEngine) -> None:
         engine = loaded.engine

@@ -13,6 +13,7 @@ from common.exchange.links import LinksRouterExchange
 from common.exchange.routing import RowShape
 from common.placement import Placement
 from common.process_group import PairLink, StoreServer
+from common.timeline import Timeline
 from router.messages import Connect
 
 LEAST_WAIT_S = 0.5
@@ -51,12 +52,14 @@ class RouterEnd:
         term: the router's.
         floor_s: shortest time a worker is given to answer.
         ask_progress: a worker's progress by ep_rank, or None.
+        timeline: where the exchange records what it does, or None.
     """
 
     shape: RowShape
     term: int
     floor_s: float
     ask_progress: Callable[[int], int | None]
+    timeline: Timeline | None
 
 
 def join_links(message: Connect, address: LinkAddress, end: RouterEnd) -> LinksRouterExchange:
@@ -84,6 +87,7 @@ def join_links(message: Connect, address: LinkAddress, end: RouterEnd) -> LinksR
         _incarnations(message),
         end.floor_s,
         end.ask_progress,
+        end.timeline,
     )
 
 
@@ -115,6 +119,7 @@ def join_one_group(message: Connect, address: LinkAddress, end: RouterEnd) -> Co
         _incarnations(message),
         end.floor_s,
         end.ask_progress,
+        end.timeline,
     )
 
 

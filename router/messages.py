@@ -45,6 +45,7 @@ class Configure:
         exchange: how rows reach expert workers, "links" or "collective".
         experts_in_process: keep the routed experts in this process (loopback) instead of on expert workers.
         deadline_floor_s: shortest time an expert worker is given to answer.
+        trace_file: where the timeline of the first steps is written, or None.
     """
 
     model_path: str
@@ -62,6 +63,7 @@ class Configure:
     exchange: str
     experts_in_process: bool
     deadline_floor_s: float
+    trace_file: str | None
 
 
 @dataclass(frozen=True, slots=True)

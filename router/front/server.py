@@ -288,6 +288,7 @@ class Front:
             exchange=config.exchange,
             experts_in_process=config.experts_in_process,
             deadline_floor_s=config.deadline_floor_s,
+            trace_file=None if config.trace_file is None else str(Path(config.trace_file).resolve()),
         )
 
     def _limits(self) -> Limits:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.fleet import Answer, Fleet, fleet_of, generate
+from expertmesh.trace_summary import summarize
+from tests.e2e.fleet import Answer, Fleet, command, fleet_of, generate
 
 PROMPTS = (
     "The router sees every token;",
@@ -83,3 +86,24 @@ def test_a_v2_checkpoint_answers_the_same_in_one_process_and_with_two_workers(v2
         expected = answers(fleet)
     with fleet_of(v2_model, "--expert-workers", "2", "--ep-level", "2") as fleet:
         assert answers(fleet) == expected
+
+
+@pytest.mark.e2e
+def test_bench_exchange_traces_a_real_step_in_which_router_and_workers_compute_at_the_same_time(
+    v3_model: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "trace.json"
+    flags = ("--model", str(v3_model), "--micro-batches", "2", "--prompt-tokens", "400", "--chunk-rows", "64")
+    done = subprocess.run(
+        command("bench", "exchange", *flags, "--max-tokens", "4", "--trace", str(file), "--json"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary == summarize(json.loads(file.read_text())).json()
+    # 3 MoE layers; a prompt of 400 in 2 micro-batches, then 3 steps of one token.
+    assert summary["counts"]["shared_experts"] == 3 * (2 + 3)
+    assert summary["counts"]["experts"] > summary["counts"]["dispatch"]  # chunks
+    assert summary["overlap"] > 0

@@ -140,6 +140,7 @@ def configure(model_path: Path, **overrides: Any) -> Configure:
         "exchange": "links",
         "experts_in_process": True,
         "deadline_floor_s": 0.25,
+        "trace_file": None,
     }
     return Configure(**fields | overrides)
 
