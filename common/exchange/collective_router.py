@@ -25,7 +25,7 @@ from common.exchange import collective_message as message
 from common.exchange.collective_group import CollectiveGroup, PendingCollective
 from common.exchange.deadline import CEILING_S, Deadline
 from common.exchange.rounds import cut_rounds
-from common.exchange.routing import RowShape, SortedRows, sort_rows, weighted_sum
+from common.exchange.routing import RowShape, SortedRows, sort_rows, sum_partials, weighted_sum
 from common.exchange.silent_worker import Verdict, inquire
 from common.exchange.slot_tables import SlotTables, buffer_rows, count_extra_rounds, message_rows
 from common.placement import Placement
@@ -185,15 +185,13 @@ class CollectiveRouterExchange:
         self._record("wait", start_ns, dispatched.layer_id)
         start_ns = time.monotonic_ns()
         if dispatched.sorted_rows is not None:
-            total = weighted_sum(
+            combined = weighted_sum(
                 dispatched.output, dispatched.sorted_rows.position_of, dispatched.topk_weights
             )
-        else:
-            shape = (dispatched.num_tokens, self._shape.hidden_size)
-            total = torch.zeros(shape, dtype=torch.float64, device=dispatched.output.device)
-            for partial in dispatched.partials:
-                total += partial
-        combined = total.float()
+        elif dispatched.partials:
+            combined = sum_partials(dispatched.partials)
+        else:  # no tokens, so that nobody was asked
+            combined = torch.zeros(dispatched.num_tokens, self._shape.hidden_size)
         self._record("combine", start_ns, dispatched.layer_id)
         return combined
 

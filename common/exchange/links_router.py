@@ -21,7 +21,7 @@ from common.errors import LinkError, MessageError, WorkerLost
 from common.exchange import ALL_GATHER, Dispatched, Extra, RowOrigins, StepHeader, wire
 from common.exchange.deadline import CEILING_S, Deadline
 from common.exchange.links_expert import say_goodbye
-from common.exchange.routing import RowShape, SortedRows, sort_rows, weighted_sum
+from common.exchange.routing import RowShape, SortedRows, sort_rows, sum_partials, weighted_sum
 from common.exchange.slot_tables import SlotTables, buffer_rows, count_extra_rounds, message_rows
 from common.placement import Placement
 from common.process_group import PairLink, PendingTransfer, release
@@ -167,14 +167,11 @@ class LinksRouterExchange:
         self._record("wait", start_ns, "router", dispatched.layer_id)
         start_ns = time.monotonic_ns()
         if dispatched.sorted_rows is not None:
-            total = weighted_sum(
+            combined = weighted_sum(
                 dispatched.output, dispatched.sorted_rows.position_of, dispatched.topk_weights
             )
         else:
-            total = torch.zeros(dispatched.num_tokens, self._shape.hidden_size, dtype=torch.float64)
-            for ep_rank in sorted(dispatched.partials):
-                total += dispatched.partials[ep_rank]
-        combined = total.float()
+            combined = sum_partials([dispatched.partials[rank] for rank in sorted(dispatched.partials)])
         self._record("combine", start_ns, "router", dispatched.layer_id)
         return combined
 

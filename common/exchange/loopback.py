@@ -63,7 +63,7 @@ class LoopbackExchange:
         rows = dispatched.hidden_states[sorted_rows.token_of]
         counts = sorted_rows.counts[0, : self._num_local[dispatched.layer_id]]
         output = self._compute(dispatched.layer_id, rows, counts)
-        return weighted_sum(output, sorted_rows.position_of, dispatched.topk_weights).float()
+        return weighted_sum(output, sorted_rows.position_of, dispatched.topk_weights)
 
     def close(self) -> None:
         """Refuse further steps."""

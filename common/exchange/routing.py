@@ -15,6 +15,9 @@ from torch import Tensor
 from common.errors import MessageError
 from common.replica_choice import replica_of
 
+BLOCK_TOKENS = 2048
+"""Tokens that are summed up at a time: what lies between their rows and their sums stays in the cache."""
+
 
 @dataclass(frozen=True, slots=True)
 class RowShape:
@@ -168,15 +171,38 @@ def expand_rows(
 
 
 def weighted_sum(rows: Tensor, position_of: Tensor, topk_weights: Tensor) -> Tensor:
-    """Sum of float32-rounded products in slot order, [T, D] float64; rows [R, D], the rest [T, K]."""
-    total = torch.zeros(position_of.shape[0], rows.shape[1], dtype=torch.float64)
-    for slot in range(position_of.shape[1]):
-        product = rows[position_of[:, slot]].float() * topk_weights[:, slot, None]
-        total += product.double()
+    """Every token's sum over its slots, [T, D] float32; rows [R, D], the rest [T, K].
+
+    Products are rounded in float32, added in slot order in float64, and the sum is rounded once.
+    """
+    total = torch.empty(position_of.shape[0], rows.shape[1], device=rows.device)
+    for first in range(0, position_of.shape[0], BLOCK_TOKENS):
+        block = slice(first, first + BLOCK_TOKENS)
+        position, weights = position_of[block], topk_weights[block]
+        wide = torch.zeros(position.shape[0], rows.shape[1], dtype=torch.float64, device=rows.device)
+        for slot in range(position.shape[1]):
+            wide += rows[position[:, slot]].float() * weights[:, slot, None]
+        total[block] = wide
     return total
 
 
 def partial_sum(output: Tensor, local: LocalRows) -> Tensor:
     """The part of every token's sum that a worker's own experts give, [T, D] float64; output [R, D]."""
-    padded = torch.cat([output, output.new_zeros(1, output.shape[1])])
-    return weighted_sum(padded, local.position_of, local.weights)
+    num_tokens, top_k = local.position_of.shape
+    total = torch.zeros(num_tokens, output.shape[1], dtype=torch.float64, device=output.device)
+    for slot in range(top_k):
+        position = local.position_of[:, slot]
+        tokens = (position < output.shape[0]).nonzero().squeeze(1)
+        if tokens.numel():
+            # A token stands in a slot once, so that no two rows meet in this addition.
+            product = output[position[tokens]].float() * local.weights[tokens, slot, None]
+            total.index_add_(0, tokens, product.double())
+    return total
+
+
+def sum_partials(partials: Sequence[Tensor]) -> Tensor:
+    """Add partial sums [T, D] float64 in ep_rank order and round once, [T, D] float32."""
+    total = partials[0].clone()
+    for partial in partials[1:]:
+        total += partial
+    return total.float()
