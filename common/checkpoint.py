@@ -74,6 +74,13 @@ class Checkpoint:
         """Every tensor of the checkpoint, in the order of the files."""
         return tuple(self._tensors)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def file(self, name: str) -> Path:
+        """The file a tensor lies in."""
+        return self._stored(name).file
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor."""
         return self._stored(name).shape

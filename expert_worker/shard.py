@@ -5,6 +5,7 @@ Shapes: D hidden_size, F moe_intermediate_size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.checkpoint import Checkpoint
 from common.errors import CheckpointError
 from common.model_config import ModelConfig
+from common.stored_weights import StoredWeights
 from expert_worker.experts import LayerExperts
 from expert_worker.kernels import ExpertKernels, PackedExperts
 
@@ -103,7 +104,7 @@ class _ExpertReader:
             )
         self._dtype = DTYPES[source.dtype]
         self._config = ModelConfig.from_directory(source.model_path)
-        self._checkpoint = Checkpoint(source.model_path)
+        self._weights = StoredWeights(source.model_path, self._config)
         self.wanted = [(layer_id, expert) for layer_id, own in experts.items() for expert in own]
         for layer_id, expert in self.wanted:
             if layer_id not in self._config.moe_layer_ids or expert >= self._config.n_routed_experts:
@@ -115,14 +116,12 @@ class _ExpertReader:
 
     def num_bytes(self, expert: Expert) -> int:
         """What the expert takes in memory."""
-        return sum(self._checkpoint.num_elements(name) for name, _ in self._parts(expert)) * (
-            self._dtype.itemsize
-        )
+        return sum(math.prod(shape) for _, shape in self._parts(expert)) * self._dtype.itemsize
 
     def read(self, expert: Expert) -> Iterator[Tensor]:
         """gate_proj [F, D], up_proj [F, D] and down_proj [D, F] of one expert, in the dtype they become."""
         for name, shape in self._parts(expert):
-            yield self._checkpoint.tensor(name, shape).to(self._dtype)
+            yield self._weights.float_tensor(name, shape, self._dtype)
 
     def _parts(self, expert: Expert) -> Iterator[tuple[str, tuple[int, int]]]:
         hidden_size, intermediate = self._config.hidden_size, self._config.moe_intermediate_size

@@ -50,6 +50,7 @@ BANNED_WORDS = {
 }
 EMPTY_INITS = (
     "common",
+    "common/quantization",
     "expert_worker",
     "expertmesh",
     "expertmesh/cli",
@@ -72,9 +73,11 @@ TORCH_FREE = (
         "common/config",
         "common/config_rules",
         "common/expertmesh_section",
+        "common/json_file",
         "common/mindie",
         "common/model_config",
         "common/placement",
+        "common/quantization/description",
         "common/errors",
     ),
     *("common/channel", "common/child_process", "common/grpc_server", "common/interceptors", "common/logs"),

@@ -13,6 +13,7 @@ from torch import nn
 from common.checkpoint import Checkpoint
 from common.errors import CheckpointError
 from common.model_config import ModelConfig
+from common.stored_weights import StoredWeights
 from router.kernels import load_kernels
 from router.model.deepseek import DeepseekForCausalLM
 
@@ -38,21 +39,23 @@ def load_model(
         CheckpointError: a file, a tensor or a value of the checkpoint is missing or wrong.
     """
     config = ModelConfig.from_directory(model_path)
-    checkpoint = Checkpoint(model_path)
+    weights = StoredWeights(model_path, config)
     # Parameters without memory: each gets its own when its tensor arrives, so nothing is ever held twice.
     with torch.device("meta"):
         model = DeepseekForCausalLM(config, load_kernels(device), resolve_dtype(config, dtype))
     parameters = dict(model.named_parameters())
-    _check_names(checkpoint, config, parameters)
-    total = sum(checkpoint.num_bytes(name) for name in parameters)
+    stored = {name: weights.float_names(name) for name in parameters}
+    _check_names(weights.checkpoint, config, [one for names in stored.values() for one in names])
+    num_bytes = {name: sum(map(weights.checkpoint.num_bytes, names)) for name, names in stored.items()}
+    total = sum(num_bytes.values())
     loaded = 0
     on_progress(loaded, total)
     for name, parameter in parameters.items():
-        tensor = checkpoint.tensor(name, parameter.shape).to(device=device, dtype=parameter.dtype)
+        tensor = weights.float_tensor(name, tuple(parameter.shape), parameter.dtype).to(device)
         owner_path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(owner_path)
         owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
-        loaded += checkpoint.num_bytes(name)
+        loaded += num_bytes[name]
         on_progress(loaded, total)
     return model.eval()
 
@@ -68,11 +71,10 @@ def resolve_dtype(config: ModelConfig, dtype: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def _check_names(checkpoint: Checkpoint, config: ModelConfig, parameters: Iterable[str]) -> None:
+def _check_names(checkpoint: Checkpoint, config: ModelConfig, needed: Iterable[str]) -> None:
     """Name what the model needs and the checkpoint lacks, and what the checkpoint has and nobody needs."""
-    wanted = set(parameters)
-    present = set(checkpoint.names)
-    missing = [name for name in parameters if name not in present]
+    wanted = dict.fromkeys(needed)
+    missing = [name for name in wanted if name not in checkpoint]
     if missing:
         raise CheckpointError(f"{checkpoint.directory} lacks {_listed(missing)}, which config.json asks for")
     others = [name for name in checkpoint.names if name not in wanted]
