@@ -11,13 +11,14 @@ from common.checkpoint import Checkpoint
 from common.errors import CheckpointError
 from common.model_config import ModelConfig
 from common.quantization import fp8
+from common.quantization.description import FLOAT, read_description
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 FP8 = torch.float8_e4m3fn
 
 
 class StoredWeights:
-    """A checkpoint whose format is found out tensor by tensor.
+    """A checkpoint whose format is found out tensor by tensor: by its dtype and, for int8, a description.
 
     Attributes:
         checkpoint: the tensors as they are stored.
@@ -26,6 +27,23 @@ class StoredWeights:
     def __init__(self, directory: Path, config: ModelConfig) -> None:
         self.checkpoint = Checkpoint(directory)
         self._block_size = config.weight_block_size
+        self._description = read_description(directory)
+
+    def type_of(self, path: str) -> str:
+        """Return how the linear layer at `path` is stored: FLOAT, W8A8 or W8A8_DYNAMIC.
+
+        Raises:
+            CheckpointError: the description of a W8A8 checkpoint does not say, or gives another type.
+        """
+        return FLOAT if self._description is None else self._description.type_of(f"{path}.weight")
+
+    def present(self, name: str) -> tuple[str, ...]:
+        """Return the name if there is such a tensor, else nothing."""
+        return (name,) if name in self.checkpoint else ()
+
+    def norm_path(self, path: str) -> str:
+        """Return where the norm at `path` is stored: older msModelSlim puts a changed one beside it."""
+        return f"{path}.module" if f"{path}.module.weight" in self.checkpoint else path
 
     def float_names(self, name: str) -> tuple[str, ...]:
         """Return the stored tensors that make up one in floating point.
