@@ -11,7 +11,7 @@ import torch
 from common.checkpoint import Checkpoint
 from common.checkpoint_writer import PlannedTensor
 from common.quantization.description import FLOAT, W8A8_DYNAMIC
-from common.stored_weights import FLOATS, FP8
+from common.stored_weights import FP8
 
 INT8_LINEAR = re.compile(
     r"model\.layers\.\d+\."
@@ -61,7 +61,7 @@ def plan_conversions(
             continue
         dtype, shape = checkpoint.dtype(name), checkpoint.shape(name)
         is_linear = INT8_LINEAR.fullmatch(name) is not None or (int8_lm_head and name == LM_HEAD)
-        if is_linear and len(shape) == 2 and dtype in (*FLOATS, FP8):
+        if is_linear and len(shape) == 2:
             conversions.append(Conversion(name, W8A8_DYNAMIC, _int8_tensors(name, shape)))
         else:
             kept = PlannedTensor(name, float_dtype if dtype == FP8 else dtype, shape)

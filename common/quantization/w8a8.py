@@ -95,8 +95,15 @@ def read_static(checkpoint: Checkpoint, path: str, shape: tuple[int, int]) -> St
 
 
 def stored_names(checkpoint: Checkpoint, path: str, kind: str) -> tuple[str, ...]:
-    """Return the tensors of the int8 linear layer at `path`, those included that nobody needs."""
+    """Return the tensors of the int8 linear layer at `path`, those included that nobody needs.
+
+    Raises:
+        CheckpointError: the weight is there, but something else it needs is not.
+    """
     needed, others = TENSORS[kind]
+    if f"{path}.weight" in checkpoint:
+        for leaf in needed:
+            _check_present(checkpoint, path, leaf)
     names = [f"{path}.{leaf}" for leaf in needed]
     return (*names, *(name for leaf in others if (name := f"{path}.{leaf}") in checkpoint))
 
@@ -147,10 +154,8 @@ def _read(
     shapes: list[tuple[int, ...]],
     dtypes: tuple[torch.dtype, ...],
 ) -> Tensor:
-    name, weight = f"{path}.{leaf}", f"{path}.weight"
-    if name not in checkpoint:
-        where = checkpoint.file(weight) if weight in checkpoint else checkpoint.directory
-        raise CheckpointError(f"{where}: {name} is missing, but {weight} is of a type that needs it")
+    name = f"{path}.{leaf}"
+    _check_present(checkpoint, path, leaf)
     if checkpoint.shape(name) not in shapes:
         allowed = " or ".join(str(list(shape)) for shape in shapes)
         raise _error(checkpoint, name, f"has shape {list(checkpoint.shape(name))}, but it must be {allowed}")
@@ -158,6 +163,13 @@ def _read(
         allowed = ", ".join(map(str, dtypes))
         raise _error(checkpoint, name, f"is stored in {checkpoint.dtype(name)}, but it must be in {allowed}")
     return checkpoint.tensor(name)
+
+
+def _check_present(checkpoint: Checkpoint, path: str, leaf: str) -> None:
+    name, weight = f"{path}.{leaf}", f"{path}.weight"
+    if name not in checkpoint:
+        where = checkpoint.file(weight) if weight in checkpoint else checkpoint.directory
+        raise CheckpointError(f"{where}: {name} is missing, but {weight} is of a type that needs it")
 
 
 def _error(checkpoint: Checkpoint, name: str, sentence: str) -> CheckpointError:

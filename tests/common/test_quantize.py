@@ -169,11 +169,19 @@ def test_progress_reaches_the_bytes_that_are_written(tmp_path: Path) -> None:
     assert seen == sorted(seen)
 
 
+UP_PROJ = "model.layers.1.mlp.experts.3.up_proj.weight"
+
+
 def spoil(source: Path, target: Path) -> None:
     file = source / "model.safetensors"
     tensors = load_file(file)
-    tensors["model.layers.1.mlp.experts.3.up_proj.weight"][2, 3] = float("inf")
+    tensors[UP_PROJ][2, 3] = float("inf")
     save_file(tensors, file)
+
+
+def make_int8(source: Path, target: Path) -> None:
+    file = source / "model.safetensors"
+    save_file(load_file(file) | {UP_PROJ: torch.ones(32, 64, dtype=torch.int8)}, file)
 
 
 @pytest.mark.parametrize(
@@ -186,9 +194,13 @@ def spoil(source: Path, target: Path) -> None:
             "floats is quantised already",
         ),
         (lambda source, target: (source / "config.json").unlink(), "config.json is missing"),
-        (spoil, "floats/model.safetensors: model.layers.1.mlp.experts.3.up_proj.weight holds a number that"),
+        (spoil, f"floats/model.safetensors: {UP_PROJ} holds a number that is not finite"),
+        (
+            make_int8,
+            f"floats/model.safetensors: {UP_PROJ} is stored in torch.int8, but it must be in floating",
+        ),
     ],
-    ids=["file", "full", "already", "config", "infinite"],
+    ids=["file", "full", "already", "config", "infinite", "int8"],
 )
 def test_what_cannot_be_done_is_one_sentence_and_exit_status_2(
     tmp_path: Path,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from common.quantize import main as quantize_main
 from tests.e2e.fleet import Answer, Fleet, fleet_of, generate
 
 PROMPTS = (
@@ -62,4 +63,15 @@ def test_a_v2_checkpoint_answers_the_same_in_one_process_and_with_two_workers(v2
     with fleet_of(v2_model, "--expert-workers", "0") as fleet:
         expected = answers(fleet)
     with fleet_of(v2_model, "--expert-workers", "2", "--ep-level", "2") as fleet:
+        assert answers(fleet) == expected
+
+
+@pytest.mark.e2e
+def test_a_checkpoint_that_was_quantised_answers_the_same_in_one_process_and_with_three_workers(
+    v3_model: Path, tmp_path: Path
+) -> None:
+    assert quantize_main([str(v3_model), str(tmp_path / "w8a8")]) == 0
+    with fleet_of(tmp_path / "w8a8", "--expert-workers", "0") as fleet:
+        expected = answers(fleet)
+    with fleet_of(tmp_path / "w8a8", "--expert-workers", "3", "--ep-level", "2") as fleet:
         assert answers(fleet) == expected

@@ -147,11 +147,12 @@ def test_norms_with_a_bias_are_those_of_the_oracle(write: WriteModel, mindie_for
 @pytest.mark.parametrize(
     ("leaf", "sentence"),
     [
-        ("mlp.gate_proj.weight_scale", r"layers\.0\.mlp\.gate_proj\.weight_scale, which config"),
-        ("self_attn.o_proj.deq_scale", r"layers\.0\.self_attn\.o_proj\.deq_scale, which config"),
+        ("mlp.gate_proj.weight_scale", r"safetensors: \S+\.gate_proj\.weight_scale is missing, but"),
+        ("self_attn.o_proj.deq_scale", r"safetensors: \S+\.o_proj\.deq_scale is missing, but"),
+        ("self_attn.o_proj.weight", r"w8a8 lacks model\.layers\.0\.self_attn\.o_proj\.weight, which config"),
     ],
 )
-def test_a_missing_scale_is_named_before_anything_is_loaded(
+def test_what_is_missing_is_named_before_anything_is_loaded(
     write: WriteModel, leaf: str, sentence: str
 ) -> None:
     directory = write("v3", static_attention=True, mindie_format=True)
