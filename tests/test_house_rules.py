@@ -50,6 +50,7 @@ BANNED_WORDS = {
 }
 EMPTY_INITS = (
     "common",
+    "common/quantization",
     "expert_worker",
     "expertmesh",
     "expertmesh/cli",
@@ -79,6 +80,7 @@ TORCH_FREE = (
         "common/config_rules",
         "common/deepseek_section",
         "common/expertmesh_section",
+        "common/model_json",
         "common/mindie",
         "common/mindie_model",
         "common/mindie_tls",
@@ -86,6 +88,7 @@ TORCH_FREE = (
         "common/not_built",
         "common/placement",
         "common/section",
+        "common/quantization/description",
         "common/errors",
     ),
     *("common/channel", "common/child_process", "common/grpc_server", "common/interceptors", "common/logs"),

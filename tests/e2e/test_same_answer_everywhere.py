@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from common.quantize import main as quantize_main
 from expertmesh.trace_summary import summarize
 from tests.e2e.fleet import Answer, Fleet, command, fleet_of, generate
 
@@ -107,3 +108,14 @@ def test_bench_exchange_traces_a_real_step_in_which_router_and_workers_compute_a
     assert summary["counts"]["shared_experts"] == 3 * (2 + 3)
     assert summary["counts"]["experts"] > summary["counts"]["dispatch"]  # chunks
     assert summary["overlap"] > 0
+
+
+@pytest.mark.e2e
+def test_a_checkpoint_that_was_quantised_answers_the_same_in_one_process_and_with_three_workers(
+    v3_model: Path, tmp_path: Path
+) -> None:
+    assert quantize_main([str(v3_model), str(tmp_path / "w8a8")]) == 0
+    with fleet_of(tmp_path / "w8a8", "--expert-workers", "0") as fleet:
+        expected = answers(fleet)
+    with fleet_of(tmp_path / "w8a8", "--expert-workers", "3", "--ep-level", "2") as fleet:
+        assert answers(fleet) == expected
