@@ -50,6 +50,7 @@ BANNED_WORDS = {
 }
 EMPTY_INITS = (
     "common",
+    "common/native",
     "expert_worker",
     "expertmesh",
     "expertmesh/cli",
@@ -78,7 +79,7 @@ TORCH_FREE = (
         "common/errors",
     ),
     *("common/channel", "common/child_process", "common/grpc_server", "common/interceptors", "common/logs"),
-    "common/lifeline",
+    *("common/lifeline", "common/native"),
 )
 EDGES = (
     *("expertmesh/", "router/front/", "router/__main__.py"),
