@@ -29,29 +29,38 @@ def compile_library(compilers: Sequence[str] = COMPILERS, target: Path = LIBRARY
         target: the file to make. An older one is replaced or, without success, removed: it is of other code.
     """
     reason = f"no C++ compiler was found on PATH ({', '.join(compilers)})"
-    target.unlink(missing_ok=True)
-    for compiler in compilers:
-        command = shlex.split(compiler)
-        if not command or shutil.which(command[0]) is None:
-            continue
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            # Moved into place when whole: another process may be loading it.
-            made = Path(folder) / target.name
-            failure = _run([*command, *FLAGS, "-o", str(made), str(SOURCE)])
+    try:
+        target.unlink(missing_ok=True)
+        for compiler in compilers:
+            command = shlex.split(compiler)
+            if not command or shutil.which(command[0]) is None:
+                continue
+            failure = _compile(command, target)
             if failure is None:
-                made.replace(target)
                 return None
-        reason = f"{compiler} failed: {failure}"
+            reason = f"{compiler} failed: {failure}"
+    except OSError as error:  # the folder may be read-only
+        reason = str(error)
     return reason
 
 
-def _run(command: list[str]) -> str | None:
-    """Return the last line of what a failing command says."""
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
-    if result.returncode == 0:
-        return None
-    lines = [line for line in result.stderr.splitlines() if "error" in line] or ["it said nothing"]
-    return f"exit status {result.returncode}, {lines[0].strip()}"
+def _compile(command: list[str], target: Path) -> str | None:
+    """Return what a compiler that fails complains of first."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        # Moved into place when whole: another process may be loading it.
+        made = Path(folder) / target.name
+        try:
+            result = subprocess.run(
+                [*command, *FLAGS, "-o", str(made), str(SOURCE)],
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            return str(error)
+        if result.returncode == 0:
+            made.replace(target)
+            return None
+    complaints = [line.strip() for line in result.stderr.splitlines() if "error" in line]
+    return f"exit status {result.returncode}, {complaints[0] if complaints else 'it did not say why'}"

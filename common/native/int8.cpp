@@ -1,8 +1,8 @@
 // int8 rows times int8 weights (W8A8) on CPUs: one linear, and all local experts of a layer in one call.
 //
-// A C ABI without torch. The caller names one of the paths that int8_best_path() allows; all give the same bits.
+// A C ABI without torch. The caller names a path that int8_best_path() allows; all give the same bits.
 //
-// Shapes: M rows, K in-features, N out-features, R rows of all experts, D hidden_size, F moe_intermediate_size.
+// Shapes: M rows, K in-features, N out-features, R rows of all experts, D hidden_size, F expert size.
 // Of a packed weight: G = K / 4 rounded up to a multiple of 4, B = N / 16 rounded up.
 #include <atomic>
 #include <memory>
@@ -15,12 +15,11 @@
 namespace int8 {
 
 constexpr int64_t kSegment = 256;  // most rows between two reads of the same weights; bounds the workspace
-constexpr int64_t kTaskBytes = 1 << 19;  // of weights; fewer where many rows meet them
-constexpr int kSpins = 1000;
+// What a task reads of a weight, times the rows that meet it over 8: from a few microseconds to some hundred.
+constexpr int64_t kLeastTask = 1 << 14, kMostTask = 1 << 19;
+constexpr int kSpins = 1000;  // about 20 microseconds
 
-// ------------------------------------------------------------------------------------------- steps, shared by threads
-
-// Rows of one expert, at most kSegment of them. A job goes through stages; its arrays are a slot of the workspace.
+// Rows of one expert, at most kSegment of them. A job goes through stages, in a slot of the workspace.
 struct Job {
   const int8_t* rows;
   const float* row_scales;
@@ -34,7 +33,7 @@ int64_t num_tiles(const Job& job) { return ceil_div(job.num_rows, kTile); }
 // Tiles differ by one row at most: 17 rows are 8 + 9, not 16 + 1.
 int64_t tile_start(const Job& job, int64_t tile) { return job.num_rows * tile / num_tiles(job); }
 
-// One stage of one job: tasks for whoever is free. Tasks start in order, so what a step waits for has been started.
+// One stage of one job: tasks for whoever is free. Tasks start in order: what a step waits for has started.
 struct Step {
   const Job* job;
   int stage;
@@ -47,7 +46,8 @@ struct Step {
     for (int spin = 0; !is_done(); spin++) {
       if (spin >= kSpins) std::this_thread::yield();
 #ifdef __x86_64__
-      else _mm_pause();
+      else
+        _mm_pause();
 #endif
     }
   }
@@ -65,27 +65,30 @@ struct Tiles {
     sums.reset(new uint32_t[num_rows]);
     scales.reset(new float[num_rows]);
   }
-  void fill(int64_t first, int64_t count, int64_t index, const int8_t* row, int64_t k, float scale) {
-    int32_t* to = rows.get() + first * groups + index;
-    int32_t sum = 0;
-    for (int64_t i = 0; i < k; i++) sum += row[i];
-    for (int64_t group = 0; group < k / 4; group++) std::memcpy(to + group * count, row + group * 4, 4);
-    for (int64_t group = k / 4; group < groups; group++) {
-      int8_t last[4] = {};
-      if (group * 4 < k) std::memcpy(last, row + group * 4, k - group * 4);
-      std::memcpy(to + group * count, last, 4);
-    }
-    sums[first + index] = static_cast<uint32_t>(sum) * 128;
-    scales[first + index] = scale;
+  // Writes rows `first` ... `first + count - 1`, which are one tile; from: [count, k].
+  void fill(const Path& path, int64_t first, int64_t count, const int8_t* from, int64_t k) {
+    int32_t* to = rows.get() + first * groups;
+    for (int64_t group = 0; group < k / 4; group++)
+      for (int64_t row = 0; row < count; row++) std::memcpy(to++, from + row * k + group * 4, 4);
+    for (int64_t group = k / 4; group < groups; group++)
+      for (int64_t row = 0; row < count; row++) {
+        int8_t last[4] = {};
+        if (group * 4 < k) std::memcpy(last, from + row * k + group * 4, k - group * 4);
+        std::memcpy(to++, last, 4);
+      }
+    for (int64_t row = 0; row < count; row++)
+      sums[first + row] = static_cast<uint32_t>(path.sum(from + row * k, k)) * 128;
   }
-  Tile tile(int64_t first) const { return {rows.get() + first * groups, sums.get() + first, scales.get() + first}; }
+  Tile tile(int64_t first) const {
+    return {rows.get() + first * groups, sums.get() + first, scales.get() + first};
+  }
 };
 
 // What a job needs between its stages.
 struct Slot {
   Tiles in, hidden;
   std::unique_ptr<float[]> gate_up;     // [rows, 2F padded to whole blocks]
-  std::unique_ptr<int8_t[]> quantised;  // [tiles, F]
+  std::unique_ptr<int8_t[]> quantised;  // [rows, F]
 };
 
 enum Stage { kLayOut, kFirst, kActivate, kSecond };
@@ -103,7 +106,7 @@ class Run {
     for (Slot& slot : slots_) reserve(slot, most_rows);
     for (int job = 0; job < num_jobs; job++) jobs_[job].slot = job % static_cast<int>(slots_.size());
     steps_ = std::vector<Step>(num_jobs * num_stages);
-    // Stage s of job j takes its turn in round j + s: what a step needs was started a round ago and is done by now.
+    // Stage s of job j takes its turn in round j + s: what a step needs started a round ago, and is done.
     std::vector<const Step*> last(num_jobs);
     Step* step = steps_.data();
     int64_t first = 0;
@@ -123,7 +126,9 @@ class Run {
   }
 
   void run() {
-#pragma omp parallel num_threads(threads_) if (threads_ > 1)
+    const Step& last = steps_.back();
+    const int threads = static_cast<int>(std::min<int64_t>(threads_, last.first + last.count));
+#pragma omp parallel num_threads(threads) if (threads > 1)
     work();
   }
 
@@ -135,13 +140,13 @@ class Run {
     const int64_t size = jobs_[0].weights[1].k;
     slot.gate_up.reset(new float[rows * ceil_div(2 * size, kOut) * kOut]);
     slot.hidden.reserve(rows, size);
-    slot.quantised.reset(new int8_t[ceil_div(rows, kTile) * size]);
+    slot.quantised.reset(new int8_t[rows * size]);
   }
 
   int64_t blocks_per_task(const Job& job, const Weight& weight) const {
-    const int64_t blocks = ceil_div(weight.n, kOut);
-    const int64_t bytes = groups_of(weight.k) * 64 * std::max(job.num_rows / 8, int64_t{1});
-    return std::max(std::min(kTaskBytes / bytes, blocks / (4 * threads_)), int64_t{1});
+    const int64_t share = ceil_div(weight.n, kOut) / (4 * threads_);
+    const int64_t work = groups_of(weight.k) * 64 * std::max(job.num_rows / 8, int64_t{1});
+    return std::max({std::min(kMostTask / work, share), kLeastTask / work, int64_t{1}});
   }
 
   int64_t num_tasks(const Job& job, int stage) const {
@@ -180,24 +185,26 @@ class Run {
   }
 
   void lay_out(const Job& job, Tiles& tiles, int64_t tile) {
-    const int64_t k = job.weights[0].k, first = tile_start(job, tile), count = tile_start(job, tile + 1) - first;
-    for (int64_t row = 0; row < count; row++)
-      tiles.fill(first, count, row, job.rows + (first + row) * k, k, job.row_scales[first + row]);
+    const int64_t k = job.weights[0].k;
+    const int64_t first = tile_start(job, tile), count = tile_start(job, tile + 1) - first;
+    tiles.fill(path_, first, count, job.rows + first * k, k);
+    std::copy_n(job.row_scales + first, count, tiles.scales.get() + first);
   }
 
   void activate(const Job& job, Slot& slot, int64_t tile) {
     const int64_t k = job.weights[1].k, stride = ceil_div(2 * k, kOut) * kOut;
     const int64_t first = tile_start(job, tile), count = tile_start(job, tile + 1) - first;
-    int8_t* codes = slot.quantised.get() + tile * k;
+    int8_t* codes = slot.quantised.get() + first * k;
     for (int64_t row = 0; row < count; row++) {
       float* gate = slot.gate_up.get() + (first + row) * stride;
       path_.swiglu(gate, gate + k, k);
-      const float scale = path_.quantise(gate, k, codes);
-      slot.hidden.fill(first, count, row, codes, k, scale);
+      slot.hidden.scales[first + row] = path_.quantise(gate, k, codes + row * k);
     }
+    slot.hidden.fill(path_, first, count, codes, k);
   }
 
-  void multiply(const Job& job, const Tiles& tiles, const Weight& weight, int64_t task, float* out, int64_t stride) {
+  void multiply(const Job& job, const Tiles& tiles, const Weight& weight, int64_t task, float* out,
+                int64_t stride) {
     const int64_t per_task = blocks_per_task(job, weight), groups = groups_of(weight.k);
     const int64_t last = std::min(ceil_div(weight.n, kOut), (task + 1) * per_task);
     for (int64_t block = task * per_task; block < last; block++) {
@@ -225,8 +232,12 @@ void add_jobs(std::vector<Job>& jobs, const int8_t* rows, const float* row_scale
               const Weight& first, const Weight& second) {
   const Weight& last = second.blocks ? second : first;
   for (int64_t row = 0; row < count; row += kSegment)
-    jobs.push_back({rows + row * first.k, row_scales + row, out + row * last.n, std::min(kSegment, count - row),
-                    {first, second}, 0});
+    jobs.push_back({rows + row * first.k,
+                    row_scales + row,
+                    out + row * last.n,
+                    std::min(kSegment, count - row),
+                    {first, second},
+                    0});
 }
 
 int run(int path, std::vector<Job>&& jobs, int num_stages, int threads) {
@@ -248,8 +259,10 @@ EXPORT int int8_version() { return 1; }
 // The best path of this CPU; the lower numbers work too. 0 portable, 1 AVX2, 2 AVX-512 VNNI.
 EXPORT int int8_best_path() {
 #ifdef __x86_64__
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512vnni"))
     return 2;
   if (__builtin_cpu_supports("avx2")) return 1;
 #endif
@@ -257,7 +270,9 @@ EXPORT int int8_best_path() {
 }
 
 // What int8_pack writes for a weight [N, K].
-EXPORT int64_t int8_packed_bytes(int64_t n, int64_t k) { return ceil_div(n, kOut) * block_bytes(groups_of(k)); }
+EXPORT int64_t int8_packed_bytes(int64_t n, int64_t k) {
+  return ceil_div(n, kOut) * block_bytes(groups_of(k));
+}
 
 // weight [N, K], scales [N], bias [N] or null -> blocks [B]; what is padded stands for weight 0.
 EXPORT void int8_pack(const int8_t* weight, const float* scales, const int32_t* bias, int64_t n, int64_t k,
@@ -276,7 +291,8 @@ EXPORT void int8_pack(const int8_t* weight, const float* scales, const int32_t* 
         four ^= 0x80808080;  // adds 128 to each
         std::memcpy(to + (group * kOut + o) * 4, &four, 4);
       }
-      for (int64_t i = k / 4 * 4; i < k; i++) to[(i / 4 * kOut + o) * 4 + i % 4] = static_cast<uint8_t>(from[i] + 128);
+      for (int64_t i = k / 4 * 4; i < k; i++)
+        to[(i / 4 * kOut + o) * 4 + i % 4] = static_cast<uint8_t>(from[i] + 128);
     }
     std::memcpy(to + groups * 64, scales + first, count * sizeof(float));
     if (bias) std::memcpy(to + groups * 64 + 64, bias + first, count * sizeof(int32_t));
@@ -284,15 +300,16 @@ EXPORT void int8_pack(const int8_t* weight, const float* scales, const int32_t* 
 }
 
 // x [M, K] -> rows [M, K], scales [M].
-EXPORT void int8_quantise(int path, int threads, const float* x, int64_t m, int64_t k, int8_t* rows, float* scales) {
+EXPORT void int8_quantise(int path, int threads, const float* x, int64_t m, int64_t k, int8_t* rows,
+                          float* scales) {
   const Path& chosen = path_of(path);
 #pragma omp parallel for num_threads(threads) if (threads > 1 && m > 1)
   for (int64_t row = 0; row < m; row++) scales[row] = chosen.quantise(x + row * k, k, rows + row * k);
 }
 
 // rows [M, K], row_scales [M] -> out [M, N]. Returns 0, or 1 if there is not enough memory.
-EXPORT int int8_linear(int path, int threads, const int8_t* rows, const float* row_scales, int64_t m, const Weight* weight,
-                float* out) try {
+EXPORT int int8_linear(int path, int threads, const int8_t* rows, const float* row_scales, int64_t m,
+                       const Weight* weight, float* out) try {
   std::vector<Job> jobs;
   add_jobs(jobs, rows, row_scales, out, m, *weight, {});
   return run(path, std::move(jobs), 2, threads);
@@ -300,10 +317,12 @@ EXPORT int int8_linear(int path, int threads, const int8_t* rows, const float* r
   return 1;
 }
 
-// rows [R, D], row_scales [R], sorted by expert -> out [R, D]: down(quantised(silu(gate) * up)), each row through its
-// expert. weights: gate_up [2F, D] and down [D, F] of expert 0, of expert 1, ... Returns as int8_linear does.
-EXPORT int int8_experts(int path, int threads, const int8_t* rows, const float* row_scales, int64_t num_experts,
-                 const int64_t* rows_of_expert, const Weight* weights, float* out) try {
+// rows [R, D], row_scales [R], sorted by expert -> out [R, D]: down(quantised(silu(gate) * up)), each row
+// through its expert. weights: gate_up [2F, D] and down [D, F] of expert 0, of expert 1, ... Returns as
+// int8_linear does.
+EXPORT int int8_experts(int path, int threads, const int8_t* rows, const float* row_scales,
+                        int64_t num_experts, const int64_t* rows_of_expert, const Weight* weights,
+                        float* out) try {
   std::vector<Job> jobs;
   for (int64_t expert = 0; expert < num_experts; expert++) {
     const Weight &gate_up = weights[expert * 2], &down = weights[expert * 2 + 1];

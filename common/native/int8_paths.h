@@ -1,7 +1,7 @@
-// The arithmetic of int8.cpp: elementwise functions, and the product of one tile with one block, in three paths.
+// The arithmetic of int8.cpp: elementwise functions, and the product of a tile with a block, in three paths.
 //
-// All paths give the same bits: sums are exact integers, and every float operation is a single IEEE operation in a
-// fixed order. Compile with -ffp-contract=off: no path may fuse a multiplication and an addition.
+// All paths give the same bits: sums are exact integers, and every float operation is a single IEEE operation
+// in a fixed order. Compile with -ffp-contract=off: no path may fuse a multiplication and an addition.
 //
 // Shapes: K in-features, N out-features, G = K / 4 rounded up to a multiple of 4, B = N / 16 rounded up.
 #pragma once
@@ -19,9 +19,9 @@ constexpr int64_t kOut = 16;   // outputs of a block
 constexpr int64_t kTile = 16;  // most rows of a tile: as many sums as registers hold
 constexpr int64_t kPrefetchBytes = 8192;
 
-// Weights are kept as uint8, weight + 128: an instruction that takes unsigned weights can take rows from memory. The 128
-// is taken off again with the sum of the row. A block is one sequential stream of memory: [G, 16, 4] weights, then [16]
-// float scales, then [16] int32 bias, which joins the integer sums.
+// Weights are kept as uint8, weight + 128: an instruction that takes unsigned weights can take rows from
+// memory. The 128 is taken off again with the sum of the row. A block is one sequential stream of memory:
+// [G, 16, 4] weights, then [16] float scales, then [16] int32 bias, which joins the integer sums.
 struct Block {
   const uint8_t* codes;
   int64_t groups;
@@ -46,16 +46,18 @@ struct Tile {
   const float* scales;   // [rows]
 };
 
-// out[row * stride + column] = float(exact sum + bias) * scale of the output * scale of the row, columns at most 16.
+// out[row * stride + column] = float(exact sum + bias) * scale of the output * scale of the row, for all rows
+// of the tile and the first `columns` outputs of the block.
 using Multiply = void (*)(const Tile&, const Block&, float* out, int64_t stride, int64_t columns);
 
 struct Path {
   Multiply multiply[kTile];  // by number of rows - 1
+  int32_t (*sum)(const int8_t* row, int64_t count);
   float (*quantise)(const float* x, int64_t count, int8_t* codes);
   void (*swiglu)(float* gate, const float* up, int64_t count);
 };
 
-// ------------------------------------------------------------------------------------- float arithmetic, one element
+// ---------------------------------------------------------------------- elementwise, the same for all paths
 
 template <class To, class From>
 inline __attribute__((always_inline)) To bits_as(From from) {
@@ -68,7 +70,7 @@ inline __attribute__((always_inline)) To bits_as(From from) {
 constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23
 constexpr uint32_t kRounderBits = 0x4B400000;
 
-// e^x = 2^k * e^r: k ln 2 is taken off in two parts, of which the first is exact; e^r by Taylor's series up to r^7.
+// e^x = 2^k * e^r. k ln 2 is taken off in two parts, the first of them exact; e^r is Taylor's series to r^7.
 inline __attribute__((always_inline)) float exponential(float x) {
   x = x < -104.0f ? -104.0f : x;
   x = x > 89.5f ? 89.5f : x;  // both ends lie where the result is 0 or infinite
@@ -105,12 +107,19 @@ inline __attribute__((always_inline)) float quantise_row(const float* x, int64_t
   }
   for (int64_t i = 0; i < count; i++) {
     const int32_t code = static_cast<int32_t>(bits_as<uint32_t>(x[i] / scale + kRounder) - kRounderBits);
-    codes[i] = static_cast<int8_t>(std::min(std::max(code, -127), 127));  // a subnormal scale is far from exact
+    // A subnormal scale is far from exact.
+    codes[i] = static_cast<int8_t>(std::min(std::max(code, -127), 127));
   }
   return scale;
 }
 
-// -------------------------------------------------------------------------------------------------------- three paths
+inline __attribute__((always_inline)) int32_t sum_row(const int8_t* row, int64_t count) {
+  int32_t sum = 0;
+  for (int64_t i = 0; i < count; i++) sum += row[i];
+  return sum;
+}
+
+// ----------------------------------------------------------------------------------------- the three paths
 
 namespace portable {
 
@@ -123,15 +132,18 @@ void multiply(const Tile& tile, const Block& block, float* out, int64_t stride, 
       const int8_t* x = rows + (group * kRows + row) * 4;
       const uint8_t* w = block.codes + group * 64;
       for (int o = 0; o < kOut; o++)
-        sums[o] += static_cast<uint32_t>(w[o * 4] * x[0] + w[o * 4 + 1] * x[1] + w[o * 4 + 2] * x[2] + w[o * 4 + 3] * x[3]);
+        sums[o] += static_cast<uint32_t>(w[o * 4] * x[0] + w[o * 4 + 1] * x[1] + w[o * 4 + 2] * x[2] +
+                                         w[o * 4 + 3] * x[3]);
     }
-    for (int64_t o = 0; o < columns; o++)
-      out[row * stride + o] = static_cast<float>(static_cast<int32_t>(
-                                  sums[o] - tile.sums[row] + static_cast<uint32_t>(block.bias()[o]))) *
-                              block.scales()[o] * tile.scales[row];
+    for (int64_t o = 0; o < columns; o++) {
+      const uint32_t exact = sums[o] - tile.sums[row] + static_cast<uint32_t>(block.bias()[o]);
+      out[row * stride + o] =
+          static_cast<float>(static_cast<int32_t>(exact)) * block.scales()[o] * tile.scales[row];
+    }
   }
 }
 
+int32_t sum(const int8_t* row, int64_t count) { return sum_row(row, count); }
 float quantise(const float* x, int64_t count, int8_t* codes) { return quantise_row(x, count, codes); }
 void swiglu(float* gate, const float* up, int64_t count) { swiglu_row(gate, up, count); }
 
@@ -144,7 +156,8 @@ namespace avx2 {
 
 // Products are summed in pairs as int32: vpmaddubsw, which takes bytes, would saturate at int16.
 template <int kRows>
-TARGET inline void few_rows(const int32_t* rows, int64_t tile_rows, const Block& block, __m256i (&sums)[kRows][2]) {
+TARGET inline void few_rows(const int32_t* rows, int64_t tile_rows, const Block& block,
+                            __m256i (&sums)[kRows][2]) {
   __m256i pairs[kRows][4];
   for (int row = 0; row < kRows; row++)
     for (int quarter = 0; quarter < 4; quarter++) pairs[row][quarter] = _mm256_setzero_si256();
@@ -164,20 +177,21 @@ TARGET inline void few_rows(const int32_t* rows, int64_t tile_rows, const Block&
   }
   for (int row = 0; row < kRows; row++)
     for (int half = 0; half < 2; half++)
-      sums[row][half] = _mm256_permute4x64_epi64(
-          _mm256_hadd_epi32(pairs[row][half * 2], pairs[row][half * 2 + 1]), 0xD8);
+      sums[row][half] =
+          _mm256_permute4x64_epi64(_mm256_hadd_epi32(pairs[row][half * 2], pairs[row][half * 2 + 1]), 0xD8);
 }
 
 template <int kRows>
-TARGET inline void store_rows(const Tile& tile, int first, const Block& block, const __m256i (&sums)[kRows][2],
-                              float* out, int64_t stride, int64_t columns) {
+TARGET inline void store_rows(const Tile& tile, int first, const Block& block,
+                              const __m256i (&sums)[kRows][2], float* out, int64_t stride, int64_t columns) {
   for (int row = 0; row < kRows; row++) {
     float whole[kOut];
     for (int half = 0; half < 2; half++) {
       const __m256i bias = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block.bias()) + half);
       const __m256i excess = _mm256_set1_epi32(static_cast<int32_t>(tile.sums[first + row]));
       const __m256i exact = _mm256_add_epi32(_mm256_sub_epi32(sums[row][half], excess), bias);
-      const __m256 scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(exact), _mm256_loadu_ps(block.scales() + half * 8));
+      const __m256 scaled =
+          _mm256_mul_ps(_mm256_cvtepi32_ps(exact), _mm256_loadu_ps(block.scales() + half * 8));
       _mm256_storeu_ps(whole + half * 8, _mm256_mul_ps(scaled, _mm256_set1_ps(tile.scales[first + row])));
     }
     std::memcpy(out + (first + row) * stride, whole, columns * sizeof(float));
@@ -199,6 +213,7 @@ TARGET void multiply(const Tile& tile, const Block& block, float* out, int64_t s
   }
 }
 
+TARGET int32_t sum(const int8_t* row, int64_t count) { return sum_row(row, count); }
 TARGET float quantise(const float* x, int64_t count, int8_t* codes) { return quantise_row(x, count, codes); }
 TARGET void swiglu(float* gate, const float* up, int64_t count) { swiglu_row(gate, up, count); }
 
@@ -208,7 +223,7 @@ TARGET void swiglu(float* gate, const float* up, int64_t count) { swiglu_row(gat
 
 namespace avx512 {
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefer-vector-width=512")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
 
 template <int kRows>
 TARGET void multiply(const Tile& tile, const Block& block, float* out, int64_t stride, int64_t columns) {
@@ -243,6 +258,7 @@ TARGET void multiply(const Tile& tile, const Block& block, float* out, int64_t s
   }
 }
 
+TARGET int32_t sum(const int8_t* row, int64_t count) { return sum_row(row, count); }
 TARGET float quantise(const float* x, int64_t count, int8_t* codes) { return quantise_row(x, count, codes); }
 TARGET void swiglu(float* gate, const float* up, int64_t count) { swiglu_row(gate, up, count); }
 
@@ -251,7 +267,8 @@ TARGET void swiglu(float* gate, const float* up, int64_t count) { swiglu_row(gat
 }  // namespace avx512
 #endif
 
-#define PATH(space) Path{{space::multiply<kIndex + 1>...}, space::quantise, space::swiglu}
+#define PATH(space) \
+  Path { {space::multiply<kIndex + 1>...}, space::sum, space::quantise, space::swiglu }
 
 template <int... kIndex>
 inline const Path& path_of(int path, std::integer_sequence<int, kIndex...>) {
