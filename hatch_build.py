@@ -12,7 +12,6 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 COMPILER = "common/native/compiler.py"
-LIBRARY = "common/native/int8.so"
 
 
 class CustomBuildHook(BuildHookInterface[Any]):
@@ -30,7 +29,7 @@ class CustomBuildHook(BuildHookInterface[Any]):
             )
             return
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-        build_data["artifacts"].append(LIBRARY)
+        build_data["artifacts"].append(compiler.LIBRARY.relative_to(self.root).as_posix())
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{platform}"
 
