@@ -51,6 +51,7 @@ BANNED_WORDS = {
 EMPTY_INITS = (
     "common",
     "common/quantization",
+    "common/native",
     "expert_worker",
     "expertmesh",
     "expertmesh/cli",
@@ -95,6 +96,7 @@ TORCH_FREE = (
     *("common/kept_child", "common/progress_counter", "common/row_limits"),
     *("common/json_file", "common/lifeline", "common/link_probe", "common/lldp"),
     *("common/rank_table", "common/row_limits", "common/topology", "common/topology_check"),
+    *("common/lifeline", "common/native"),
 )
 EDGES = (
     *("expertmesh/", "router/front/", "router/__main__.py"),
