@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Tokenizer
 from torch.optim import AdamW
 
-from examples.train_demo_model.corpus import FIRST_KINDS, LATER_KINDS, draw_batch, draw_texts
+from examples.train_demo_model.corpus import FIRST_KINDS, LAST_KINDS, LATER_KINDS, draw_batch, draw_texts
 from examples.train_demo_model.model import CONFIG, DemoModel
 from examples.train_demo_model.publication import publish
 from examples.train_demo_model.tokenizer_training import train_tokenizer
@@ -32,7 +32,8 @@ PEAK_LEARNING_RATE = 3e-3
 WARMUP_STEPS = 100
 DECAY_SHARE = 0.4
 """The learning rate falls to 0 in this last share of the steps."""
-LATER_KINDS_FROM = 370
+CURRICULUM = ((0, FIRST_KINDS), (370, LATER_KINDS), (1240, LAST_KINDS))
+"""From which step on which text is drawn."""
 BIAS_SPEED = 1e-3
 """How far the gate's bias moves in a step; DeepSeek-V3 took the same, and 0 towards the end."""
 SAVE_EVERY_S = 90.0
@@ -69,7 +70,7 @@ def take_step(
     model: DemoModel, optimizer: AdamW, tokenizer: Tokenizer, step: int, num_steps: int
 ) -> dict[str, float]:
     """Learn from the batch of this step; return what happened."""
-    kinds = FIRST_KINDS if step < LATER_KINDS_FROM else LATER_KINDS
+    kinds = next(kinds for first, kinds in reversed(CURRICULUM) if step >= first)
     batch = draw_batch(tokenizer, f"{SEED} step {step}", ROWS, LENGTH, kinds)
     rate = learning_rate(step, num_steps)
     for group in optimizer.param_groups:
@@ -134,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2200)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--folder", type=Path, default=Path(".cache/demo_model"), help="where the run is kept"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from examples.train_demo_model.chat_format import BOS, EOS, EOS_ID, Segment, chat, plain
 from examples.train_demo_model.story_grammar import Cast, a, draw_story, questions_about
-from examples.train_demo_model.tasks import training_question, training_sum
+from examples.train_demo_model.tasks import training_pair, training_question
 
 SYSTEM_PROMPTS = ("", "", "", "You are a helpful assistant.", "Answer in short sentences.")
 FIRST_KINDS = {
@@ -29,6 +29,8 @@ FIRST_KINDS = {
 """How often each kind of document is drawn at first."""
 LATER_KINDS = FIRST_KINDS | {"told story": 2, "reading": 1, "chat": 12, "plain questions": 3, "drill": 9}
 """How often later on: stories and facts are learned in a few hundred steps, sums take thousands."""
+LAST_KINDS = LATER_KINDS | {"drill": 5, "drill of comparisons": 4}
+"""How often in the end: comparing numbers comes last."""
 FILL = 0.97
 """Share of a batch's tokens that documents are drawn for; the rest is left over by packing."""
 
@@ -63,9 +65,16 @@ def draw_drill(draw: random.Random) -> list[Segment]:
     """Draw a document of sums and differences; the model learns to say their results."""
     segments: list[Segment] = [(BOS, False)]
     for _ in range(draw.randint(10, 20)):
-        task, result = training_sum(draw).answer.split(" =")
+        question = training_pair(draw, draw.choice(("addition", "subtraction")))
+        task, result = question.answer.split(" =")
         segments += [(f"{' ' if len(segments) > 1 else ''}{task} =", False), (result, True)]
     return [*segments, (EOS, True)]
+
+
+def draw_comparisons(draw: random.Random) -> list[Segment]:
+    """Draw a long conversation about which number is larger."""
+    questions = [training_pair(draw, "comparison") for _ in range(draw.randint(6, 10))]
+    return chat([(question.text, question.answer) for question in questions])
 
 
 def draw_document(draw: random.Random, kinds: Mapping[str, float] = FIRST_KINDS) -> list[Segment]:
@@ -73,6 +82,8 @@ def draw_document(draw: random.Random, kinds: Mapping[str, float] = FIRST_KINDS)
     kind = draw.choices(list(kinds), weights=list(kinds.values()))[0]
     if kind == "drill":
         return draw_drill(draw)
+    if kind == "drill of comparisons":
+        return draw_comparisons(draw)
     if kind == "story":
         return [(BOS, False), (f"{draw_story(draw).text}{EOS}", True)]
     if kind == "told story":
@@ -90,11 +101,11 @@ def draw_document(draw: random.Random, kinds: Mapping[str, float] = FIRST_KINDS)
     return chat(turns, draw.choice(SYSTEM_PROMPTS)) if kind == "chat" else plain(turns)
 
 
-def draw_texts(seed: str, count: int) -> Iterator[str]:
+def draw_texts(seed: str, count: int, kinds: Mapping[str, float] = FIRST_KINDS) -> Iterator[str]:
     """Yield documents as plain text, for the tokenizer to learn from."""
     draw = random.Random(seed)
     for _ in range(count):
-        yield "".join(text for text, _ in draw_document(draw))
+        yield "".join(text for text, _ in draw_document(draw, kinds))
 
 
 def encode(tokenizer: Tokenizer, document: list[Segment]) -> tuple[list[int], list[bool]]:

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from examples.train_demo_model.chat_format import BOS, EOS, EOS_ID, Segment, prompt
-from examples.train_demo_model.corpus import draw_batch, encode
+from examples.train_demo_model.corpus import LAST_KINDS, draw_batch, encode
 from examples.train_demo_model.model import DemoModel
 from examples.train_demo_model.story_grammar import draw_story
 from examples.train_demo_model.tasks import TASKS, Question, held_out_questions
@@ -113,7 +113,7 @@ def expert_imbalance(model: DemoModel, tokenizer: Tokenizer) -> dict[int, float]
     """Return per layer how many rows the busiest expert gets, as a multiple of the mean."""
     for gate in model.gates().values():
         gate.tokens_per_expert.zero_()
-    batch = draw_batch(tokenizer, "held out load", BALANCE_ROWS, 256)
+    batch = draw_batch(tokenizer, "held out load", BALANCE_ROWS, 256, LAST_KINDS)
     model(batch.input_ids, batch.document_ids, batch.learned)
     return {layer_id: gate.balance(0.0) for layer_id, gate in model.gates().items()}
 

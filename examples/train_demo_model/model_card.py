@@ -59,7 +59,7 @@ The first prompt is the one for demonstrations.
 All of it in float32 from the published bfloat16 weights, on text that training never shows.
 
 * Perplexity of a token of a held-out story: {perplexity:.3f}.
-* Rows of the busiest expert as a multiple of the mean, on held-out text: {balance}.
+* Rows of the busiest expert as a multiple of the mean: {balance}.
 
 An answer is right if the greedy answer to the question in chat format equals the expected one to the last
 character, its end included.

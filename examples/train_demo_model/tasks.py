@@ -149,13 +149,13 @@ def training_question(draw: random.Random) -> Question:
     return draw.choice([question for way, question in enumerate(fact) if way != kept])
 
 
-def training_sum(draw: random.Random) -> Question:
-    """Draw a sum or a difference of any two numbers below 100 that are not kept back."""
-    kind = draw.choice(("addition", "subtraction"))
+def training_pair(draw: random.Random, task: str) -> Question:
+    """Ask about any two numbers below 100 that are not kept back."""
     while True:
         left, right = draw.randrange(100), draw.randrange(100)
-        if not is_held_out_pair(kind, left, right):
-            return NUMERIC[kind](left, right, 0)
+        is_usable = task != "comparison" or left != right
+        if is_usable and not is_held_out_pair(task, left, right):
+            return NUMERIC[task](left, right, draw.randrange(3) if task == "comparison" else 0)
 
 
 def held_out_questions() -> Iterator[Question]:
