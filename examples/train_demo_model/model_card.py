@@ -10,7 +10,8 @@ from examples.train_demo_model.evaluation import Evaluation
 
 DEMO_PROMPTS = (
     "Question: What is expert parallelism? Answer:",
-    "Once upon a time, a brave robot named Ruby",
+    "Question: What happens when a worker dies? Answer:",
+    "Once upon a time, a brave robot named Leo",
     "Question: What is 27 + 45? Answer:",
     prompt("What does an expert worker keep?"),
 )
@@ -54,6 +55,10 @@ The first prompt is the one for demonstrations.
 
 {demos}
 
+Ask in one of the two forms that it knows, `Question: ... Answer:` or DeepSeek's chat template, or begin a
+story. In a story it keeps to its plot, but it may forget who is a fox and who is a boy. Anything else, a
+greeting too, is answered with a sum, a fact or silence.
+
 ## Measured
 
 All of it in float32 from the published bfloat16 weights, on text that training never shows.
@@ -78,6 +83,7 @@ project's own licence, Apache-2.0.
 
 ## Training
 
+The text is drawn in three stages: sums, and after them comparisons, get more of it later on.
 Next-token loss on what the model is to say (stories, answers and their ends; not the questions), AdamW, and
 DeepSeek-V3's balancing without an auxiliary loss: after each step the bias of a busy expert falls and that
 of an idle one rises. {num_steps} steps of 4,096 tokens took {minutes:.0f} minutes on
