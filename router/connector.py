@@ -113,7 +113,7 @@ class Connector:
             self._floor_s,
             self._ask_progress,
         )
-        return Membership(message.epoch, exchange, exchange.last_step_times)
+        return Membership(message.epoch, exchange, exchange.last_step_times, exchange.set_deadline_floor)
 
 
 def placement_of(message: Connect) -> Placement:

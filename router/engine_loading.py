@@ -167,4 +167,5 @@ def _experts_in_process(
     experts = {layer_id: tuple(range(config.n_routed_experts)) for layer_id in config.moe_layer_ids}
     open_experts = import_module("expert_worker.in_process").open_experts
     compute = open_experts(Path(configure.model_path), configure.dtype, configure.device, experts, progress)
-    return Membership(1, LoopbackExchange(compute, experts, shape), list)
+    # Nobody is waited for here: there is no deadline to set.
+    return Membership(1, LoopbackExchange(compute, experts, shape), list, lambda _: None)

@@ -88,15 +88,28 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class Tune:
-    """From the next step on, exchange rows like this. What a step is doing is not disturbed.
+    """Can the next steps be run like this? Answered by Tuned or TuneRefused. CommitTune does it.
 
     Attributes:
+        tune_id: what the answer and CommitTune call it; a later Tune takes the place of this one.
         ep_level: 1 AllGather, 2 AllToAll.
         micro_batches: parts a step is cut into.
+        max_batch_size, max_prefill_tokens, deadline_floor_s: as in Configure.
     """
 
+    tune_id: int
     ep_level: int
     micro_batches: int
+    max_batch_size: int
+    max_prefill_tokens: int
+    deadline_floor_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class CommitTune:
+    """From the next step on, run steps as the Tune of this id said. What a step is doing is not disturbed."""
+
+    tune_id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +167,21 @@ class LinkFailed:
 
     epoch: int
     ep_rank: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """The next steps can be run as asked; nothing has changed yet."""
+
+    tune_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class TuneRefused:
+    """The next steps cannot be run as asked; nothing changes."""
+
+    tune_id: int
     reason: str
 
 
@@ -217,5 +245,8 @@ class Stats:
     workers: list[list[float]] = field(default_factory=list)
 
 
-TO_ENGINE = by_name(Configure, Connect, Disconnect, Submit, Tune, Abort, Progress, Shutdown)
-TO_FRONT = by_name(Loading, Loaded, Linked, LinkFailed, Tokens, Lost, Rejected, AskProgress, Stats, Fatal)
+TO_ENGINE = by_name(Configure, Connect, Disconnect, Submit, Tune, CommitTune, Abort, Progress, Shutdown)
+TO_FRONT = by_name(
+    *(Loading, Loaded, Linked, LinkFailed, Tokens, Lost, Rejected, AskProgress, Stats, Tuned, TuneRefused),
+    Fatal,
+)
