@@ -27,15 +27,19 @@ def changes_of(folder: Path, old: Any, new: Any) -> list[Change]:
 def test_a_hot_change_has_its_path_both_values_and_no_refusal(tmp_path: Path) -> None:
     new = completed(changed("EP.ep_level", 1))
     (change,) = changes_of(tmp_path, completed(LEVEL_2), new)
-    assert (change.path, change.old_json, change.new_json) == (f"{MODEL}.models.deepseekv2.ep_level", "2", "1")
+    assert (change.path, change.old_json, change.new_json) == (
+        f"{MODEL}.models.deepseekv2.ep_level",
+        "2",
+        "1",
+    )
     assert (change.reload.name, change.refusal) == ("hot", "")
 
 
 def test_what_would_be_needed_is_part_of_the_refusal(tmp_path: Path) -> None:
     (port,) = changes_of(tmp_path, {}, {"ServerConfig": {"port": 7}})
     assert port.refusal == (
-        "ServerConfig.port is 1025 and would become 7, but that needs another start of the router: stop it and "
-        "start it with the new value"
+        "ServerConfig.port is 1025 and would become 7, but that needs another start of the router: stop it "
+        "and start it with the new value"
     )
     size = {"ModelDeployConfig": {"ModelConfig": [{"worldSize": 4}]}}
     changes = changes_of(tmp_path, {}, size)
