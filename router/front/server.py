@@ -94,7 +94,7 @@ class Front:
         self._servers: dict[str, RunningServer] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._has_said_ready = False
-        # Last of all: a router that cannot start leaves no version behind.
+        # Last, so that a checkpoint that cannot be served leaves no version behind.
         files = None if config.state_dir is None else VersionFiles(Path(config.state_dir))
         self._history = ConfigHistory(files)
         self.in_force = ConfigInForce(at_start, self._history)
@@ -174,6 +174,8 @@ class Front:
         self._spawn(self.reload.reread())
 
     async def _end_engine(self, work: asyncio.Task[None]) -> None:
+        # An engine that is stopped does not agree to anything any more.
+        self.tuning.engine_ended()
         await self.engine.stop(Shutdown(), ENGINE_GRACE_S)
         work.cancel()
         await asyncio.gather(work, return_exceptions=True)

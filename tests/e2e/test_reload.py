@@ -17,12 +17,12 @@ from protos import admin_pb2, admin_pb2_grpc
 from tests.e2e.fleet import Answer, Fleet, fleet_of, generate
 
 NUM_RELOADS = 100
-STREAMS: list[tuple[str, dict[str, object]]] = [
+STREAMS: list[tuple[str, dict[str, Any]]] = [
     ("Nothing is dropped silently, and", {"temperature": 0.0}),
     ("x", {"temperature": 0.9, "seed": 3, "top_k": 40}),
     ("1 2 3 4 5 6 7 8 9", {"temperature": 1.0, "seed": 4, "top_p": 0.9}),
 ]
-LONG = {"max_tokens": 60, "ignore_eos": True, "logprobs": 1}
+LONG: dict[str, Any] = {"max_tokens": 60, "ignore_eos": True, "logprobs": 1}
 
 
 class Operator:

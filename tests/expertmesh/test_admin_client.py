@@ -86,8 +86,8 @@ async def test_show_edit_diff_apply_history_rollback(tmp_path: Path) -> None:
         assert f"version 1; versions are kept in {tmp_path / 'state'}" in err
         document["ExpertMesh"] |= {"microBatches": 2}
         file = terminal.write(document)
-        for command in (["diff", file], ["apply", file, "--dry-run"]):
-            status, out, err = await terminal.run(*command)
+        for command, *options in (("diff",), ("apply", "--dry-run")):
+            status, out, err = await terminal.run(command, file, *options)
             assert (status, err) == (0, "")
             assert out == "ExpertMesh.microBatches: 1 -> 2  (hot)\nversion 1 is in force; 1 value differs\n"
         status, out, _ = await terminal.run("apply", file, "--expect-version", "1", "--json")
