@@ -41,5 +41,5 @@ def refusals(sections: Sections) -> Iterator[Problem]:
     for key, (only, why) in REFUSED.items():
         value = sections.value(key)
         if value != only:
-            keys = frozenset({key.rpartition(".")[2]})
-            yield Problem(keys, f"{sections.path(key)} is {json_line(value)}, but {why}")
+            keys, path = frozenset({key.rpartition(".")[2]}), sections.path(key)
+            yield Problem(keys, path, f"{path} is {json_line(value)}, but {why}")

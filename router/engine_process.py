@@ -28,6 +28,7 @@ from router.engine_loading import LoadedEngine, load
 from router.messages import (
     TO_ENGINE,
     Abort,
+    CommitTune,
     Configure,
     Connect,
     Disconnect,
@@ -105,6 +106,8 @@ class EngineProcess:
                 engine.submit(message)
             case Tune():
                 engine.tune(message)
+            case CommitTune():
+                engine.commit(message.tune_id)
             case Abort():
                 engine.abort(message.request_id)
             case Disconnect():

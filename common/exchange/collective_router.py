@@ -199,6 +199,10 @@ class CollectiveRouterExchange:
         """Per ep_rank, seconds of the last step: [receive, compute, reply]."""
         return [list(times) for times in self._times]
 
+    def set_deadline_floor(self, floor_s: float) -> None:
+        """Give the workers another shortest time to answer, from the next rows on."""
+        self._deadline.floor_s = floor_s
+
     def close(self) -> None:
         """Drop the group; living workers are told, a dead one costs no time."""
         self._end(says_goodbye=True)

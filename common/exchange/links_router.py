@@ -175,6 +175,11 @@ class LinksRouterExchange:
         self._record("combine", start_ns, "router", dispatched.layer_id)
         return combined
 
+    def set_deadline_floor(self, floor_s: float) -> None:
+        """Give every worker another shortest time to answer, from the next rows on."""
+        for worker in self._workers:
+            worker.deadline.floor_s = floor_s
+
     def last_step_times(self) -> list[list[float]]:
         """Per ep_rank, seconds of the last step: [receive, compute, reply]."""
         return [list(worker.times) for worker in self._workers]

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import time
 
-from common.config import Config
 from protos import admin_pb2 as pb
+from router.front.config_in_force import ConfigInForce
 from router.front.fleet import Fleet, Worker
 from router.front.journal import Journal
 from router.front.service_state import ServiceState
 
 
 def status_of(
-    config: Config, term: int, state: ServiceState, fleet: Fleet, journal: Journal
+    in_force: ConfigInForce, term: int, state: ServiceState, fleet: Fleet, journal: Journal
 ) -> pb.GetStatusResponse:
     """Take a snapshot."""
+    config = in_force.config
     stats, loaded = state.stats, state.loaded
     times = stats.workers if stats is not None and state.is_linked else []
     status = pb.GetStatusResponse(
@@ -22,7 +23,7 @@ def status_of(
         not_ready_reason=state.why_not_ready,
         epoch=state.epoch,
         term=term,
-        config_version=1,
+        config_version=in_force.version.number,
         ep_level=config.ep_level,
         expected_workers=config.world_size,
         workers=[_worker(worker, times) for worker in _by_rank(fleet)],
@@ -30,7 +31,7 @@ def status_of(
         num_requests_waiting=stats.num_waiting if stats else journal.num_waiting,
         kv_blocks_used=stats.kv_blocks_used if stats else 0,
         kv_blocks_total=loaded.kv_blocks if loaded else 0,
-        warnings=[*config.warnings, *_fleet_warnings(fleet)],
+        warnings=[*in_force.warnings, *_fleet_warnings(fleet)],
         model_name=config.model_name,
         engine_state=state.engine_state,
         num_steps=stats.num_steps if stats else 0,

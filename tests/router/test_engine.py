@@ -97,6 +97,7 @@ class Bench:
     def __init__(self, limits: Limits = ROOMY, micro_batches: int = 1) -> None:
         config = ModelConfig.model_construct(num_hidden_layers=1, kv_lora_rank=1, qk_rope_head_dim=1)
         self.sent: list[Any] = []
+        self.floors: list[float] = []
         self.scheduler = Scheduler(limits)
         self.engine = Engine(
             stand_in,
@@ -112,7 +113,8 @@ class Bench:
 
     def adopt(self, epoch: int = 1, lost_in_step: int | None = None) -> ScriptedExchange:
         exchange = ScriptedExchange(lost_in_step)
-        self.engine.adopt(Membership(epoch, exchange, 2, lambda: [[0.0, 0.0, 0.0]]))
+        membership = Membership(epoch, exchange, 2, lambda: [[0.0, 0.0, 0.0]], self.floors.append)
+        self.engine.adopt(membership)
         return exchange
 
     def run(self) -> dict[str, list[dict[str, Any]]]:
