@@ -10,10 +10,7 @@ from collections.abc import Iterator
 from common.config_file import Sections
 from common.config_problems import Problem, json_line
 
-REPORTED = (
-    "ExpertMesh.groupedMatmul",
-    "ExpertMesh.topology",
-)
+REPORTED = ("ExpertMesh.topology",)
 """Keys that reach `Config` and that nothing reads yet: warnings where they are not at their default."""
 
 NO_TLS = "TLS is not built in this version, and nothing is sent in plaintext silently: set it to false"

@@ -52,6 +52,13 @@ class AdminClient:
         finally:
             call.cancel()
 
+    async def expert_load(self) -> admin_pb2.GetExpertLoadResponse:
+        """How often each expert was chosen since the router's engine started."""
+        try:
+            return await self._stub.GetExpertLoad(admin_pb2.GetExpertLoadRequest(), timeout=RELOAD_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise error_from(error, self.target) from error
+
     async def config(self) -> admin_pb2.GetConfigResponse:
         """The configuration in force."""
         try:

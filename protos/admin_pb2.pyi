@@ -375,6 +375,9 @@ class GetStatusResponse(_message.Message):
     ENGINE_LOADED_BYTES_FIELD_NUMBER: _builtins.int
     ENGINE_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     NUM_STEPS_FIELD_NUMBER: _builtins.int
+    A2A_OVERFLOW_ROUNDS_FIELD_NUMBER: _builtins.int
+    CUTOFF_EXTRA_PASSES_FIELD_NUMBER: _builtins.int
+    COVERAGE_FIELD_NUMBER: _builtins.int
     ready: _builtins.bool
     """Whether requests are being served."""
     not_ready_reason: _builtins.str
@@ -407,6 +410,12 @@ class GetStatusResponse(_message.Message):
     """Bytes of weights the engine has to load; 0 while unknown."""
     num_steps: _builtins.int
     """Steps computed since the engine started."""
+    a2a_overflow_rounds: _builtins.int
+    """Rounds beyond the first that full receive buffers made necessary at ep_level 2, in this epoch."""
+    cutoff_extra_passes: _builtins.int
+    """Passes beyond the first that the routing cutoff made necessary at ep_level 1, in this epoch."""
+    coverage: _builtins.float
+    """Share of the experts that survives the loss of any one worker, 0 to 1."""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertWorkerStatus]:
         """The expert workers, by ep_rank."""
@@ -436,10 +445,13 @@ class GetStatusResponse(_message.Message):
         engine_loaded_bytes: _builtins.int = ...,
         engine_total_bytes: _builtins.int = ...,
         num_steps: _builtins.int = ...,
+        a2a_overflow_rounds: _builtins.int = ...,
+        cutoff_extra_passes: _builtins.int = ...,
+        coverage: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_version", b"config_version", "engine_loaded_bytes", b"engine_loaded_bytes", "engine_state", b"engine_state", "engine_total_bytes", b"engine_total_bytes", "ep_level", b"ep_level", "epoch", b"epoch", "expected_workers", b"expected_workers", "kv_blocks_total", b"kv_blocks_total", "kv_blocks_used", b"kv_blocks_used", "model_name", b"model_name", "not_ready_reason", b"not_ready_reason", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "num_steps", b"num_steps", "ready", b"ready", "term", b"term", "warnings", b"warnings", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["a2a_overflow_rounds", b"a2a_overflow_rounds", "config_version", b"config_version", "coverage", b"coverage", "cutoff_extra_passes", b"cutoff_extra_passes", "engine_loaded_bytes", b"engine_loaded_bytes", "engine_state", b"engine_state", "engine_total_bytes", b"engine_total_bytes", "ep_level", b"ep_level", "epoch", b"epoch", "expected_workers", b"expected_workers", "kv_blocks_total", b"kv_blocks_total", "kv_blocks_used", b"kv_blocks_used", "model_name", b"model_name", "not_ready_reason", b"not_ready_reason", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "num_steps", b"num_steps", "ready", b"ready", "term", b"term", "warnings", b"warnings", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -463,6 +475,7 @@ class ExpertWorkerStatus(_message.Message):
     INCARNATION_FIELD_NUMBER: _builtins.int
     LAST_STEP_FIELD_NUMBER: _builtins.int
     ARITHMETIC_FIELD_NUMBER: _builtins.int
+    GROUPED_MATMUL_FIELD_NUMBER: _builtins.int
     ep_rank: _builtins.int
     """Its place in the expert-parallel group; -1 while it has none."""
     worker_id: _builtins.str
@@ -485,6 +498,8 @@ class ExpertWorkerStatus(_message.Message):
     """Which start of the worker's executor this is; grows with every restart."""
     arithmetic: _builtins.str
     """Hash of a fixed computation; workers with the same hash give bitwise the same results."""
+    grouped_matmul: _builtins.str
+    """How it runs the experts of a layer, and why: in one fused call, or in one product after another."""
     @_builtins.property
     def last_step(self) -> Global___StepTimes:
         """Seconds its part of the last step spent receiving, computing and replying."""
@@ -504,10 +519,11 @@ class ExpertWorkerStatus(_message.Message):
         incarnation: _builtins.int = ...,
         last_step: Global___StepTimes | None = ...,
         arithmetic: _builtins.str = ...,
+        grouped_matmul: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["last_step", b"last_step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "arithmetic", b"arithmetic", "device", b"device", "ep_rank", b"ep_rank", "incarnation", b"incarnation", "last_heartbeat_s", b"last_heartbeat_s", "last_step", b"last_step", "loaded_bytes", b"loaded_bytes", "num_local_experts", b"num_local_experts", "state", b"state", "total_bytes", b"total_bytes", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "arithmetic", b"arithmetic", "device", b"device", "ep_rank", b"ep_rank", "grouped_matmul", b"grouped_matmul", "incarnation", b"incarnation", "last_heartbeat_s", b"last_heartbeat_s", "last_step", b"last_step", "loaded_bytes", b"loaded_bytes", "num_local_experts", b"num_local_experts", "state", b"state", "total_bytes", b"total_bytes", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -590,3 +606,72 @@ class WatchStatusResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchStatusResponse: _TypeAlias = WatchStatusResponse  # noqa: Y015
+
+@_typing.final
+class GetExpertLoadRequest(_message.Message):
+    """Asks how often each expert was chosen."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetExpertLoadRequest: _TypeAlias = GetExpertLoadRequest  # noqa: Y015
+
+@_typing.final
+class GetExpertLoadResponse(_message.Message):
+    """How often each expert was chosen."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerLoad]:
+        """One entry per MoE layer."""
+
+    def __init__(
+        self,
+        *,
+        layers: _abc.Iterable[Global___LayerLoad] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetExpertLoadResponse: _TypeAlias = GetExpertLoadResponse  # noqa: Y015
+
+@_typing.final
+class LayerLoad(_message.Message):
+    """One MoE layer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_ID_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    layer_id: _builtins.int
+    """Index of the decoder layer in the checkpoint."""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Choices of each routed expert, in the order of the checkpoint. A token counts once for each of its experts."""
+
+    def __init__(
+        self,
+        *,
+        layer_id: _builtins.int = ...,
+        tokens: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer_id", b"layer_id", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LayerLoad: _TypeAlias = LayerLoad  # noqa: Y015

@@ -65,6 +65,11 @@ class AdminServiceStub(object):
                 request_serializer=protos_dot_admin__pb2.WatchStatusRequest.SerializeToString,
                 response_deserializer=protos_dot_admin__pb2.WatchStatusResponse.FromString,
                 _registered_method=True)
+        self.GetExpertLoad = channel.unary_unary(
+                '/expertmesh.v1.AdminService/GetExpertLoad',
+                request_serializer=protos_dot_admin__pb2.GetExpertLoadRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.GetExpertLoadResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
@@ -120,6 +125,13 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetExpertLoad(self, request, context):
+        """How often each routed expert was chosen since the router's engine started. UNAVAILABLE while it loads.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -152,6 +164,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.WatchStatus,
                     request_deserializer=protos_dot_admin__pb2.WatchStatusRequest.FromString,
                     response_serializer=protos_dot_admin__pb2.WatchStatusResponse.SerializeToString,
+            ),
+            'GetExpertLoad': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetExpertLoad,
+                    request_deserializer=protos_dot_admin__pb2.GetExpertLoadRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.GetExpertLoadResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -317,6 +334,33 @@ class AdminService(object):
             '/expertmesh.v1.AdminService/WatchStatus',
             protos_dot_admin__pb2.WatchStatusRequest.SerializeToString,
             protos_dot_admin__pb2.WatchStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetExpertLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.AdminService/GetExpertLoad',
+            protos_dot_admin__pb2.GetExpertLoadRequest.SerializeToString,
+            protos_dot_admin__pb2.GetExpertLoadResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -54,6 +54,8 @@ class AdminServiceStub:
     """The state of the router and its fleet."""
     WatchStatus: _grpc.UnaryStreamMultiCallable[_admin_pb2.WatchStatusRequest, _admin_pb2.WatchStatusResponse]
     """The state of the router and its fleet, whenever it changes and at least every interval_s."""
+    GetExpertLoad: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetExpertLoadRequest, _admin_pb2.GetExpertLoadResponse]
+    """How often each routed expert was chosen since the router's engine started. UNAVAILABLE while it loads."""
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -81,6 +83,8 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """The state of the router and its fleet."""
     WatchStatus: _aio.UnaryStreamMultiCallable[_admin_pb2.WatchStatusRequest, _admin_pb2.WatchStatusResponse]  # type: ignore[assignment]
     """The state of the router and its fleet, whenever it changes and at least every interval_s."""
+    GetExpertLoad: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetExpertLoadRequest, _admin_pb2.GetExpertLoadResponse]  # type: ignore[assignment]
+    """How often each routed expert was chosen since the router's engine started. UNAVAILABLE while it loads."""
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """What an operator sees and does. Served on ServerConfig.managementPort, on loopback unless configured."""
@@ -141,5 +145,13 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_admin_pb2.WatchStatusResponse], _abc.AsyncIterator[_admin_pb2.WatchStatusResponse]]:
         """The state of the router and its fleet, whenever it changes and at least every interval_s."""
+
+    @_abc_1.abstractmethod
+    def GetExpertLoad(
+        self,
+        request: _admin_pb2.GetExpertLoadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.GetExpertLoadResponse, _abc.Awaitable[_admin_pb2.GetExpertLoadResponse]]:
+        """How often each routed expert was chosen since the router's engine started. UNAVAILABLE while it loads."""
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

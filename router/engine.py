@@ -17,7 +17,8 @@ from common.errors import ControlError, RequestError, WorkerLost
 from common.exchange import Extra, RouterExchange, RowOrigins, StepHeader
 from common.row_limits import RowLimits
 from router.batch import Batch, build_batch
-from router.messages import Lost, Rejected, Stats, Submit, Tokens, Tune, Tuned, TuneRefused
+from router.expert_load import CountedExchange, ExpertLoads
+from router.messages import AskLoads, Loads, Lost, Rejected, Stats, Submit, Tokens, Tune, Tuned, TuneRefused
 from router.model.latent_cache import LatentCache
 from router.plan import Plan
 from router.sampler import Draw, sample
@@ -51,7 +52,7 @@ class Membership:
 class Engine:
     """Runs steps over the sequences of a scheduler. Everything it has to say goes to `send`."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what an engine is made of, each part named
         self,
         model: Callable[[list[Batch], LatentCache, RouterExchange], Tensor],
         cache: LatentCache,
@@ -62,6 +63,7 @@ class Engine:
         term: int,
         num_experts_per_tok: int,
         tune: Tune,
+        loads: ExpertLoads,
         send: Callable[[object], None],
     ) -> None:
         self._model = model
@@ -72,6 +74,7 @@ class Engine:
         self._term = term
         self._num_experts_per_tok = num_experts_per_tok
         self._tune = tune
+        self._loads = loads
         self._send = send
         self._proposed: Tune | None = None
         self._deadline_floor_s: float | None = None
@@ -174,6 +177,11 @@ class Engine:
         if time.monotonic() - self._stats_at >= STATS_INTERVAL_S:
             self.report()
 
+    def report_loads(self, message: AskLoads) -> None:
+        """Send how often each expert was chosen."""
+        layers = self._loads.layers()
+        self._send(Loads(message.ask_id, [[layer_id, counts] for layer_id, counts in layers.items()]))
+
     def report(self) -> None:
         """Send Stats, unless nothing happened since the last."""
         if self._is_reported:
@@ -203,8 +211,9 @@ class Engine:
         batches = [build_batch(part, block_size, self._device, number) for number, part in enumerate(parts)]
         header = self._header(membership, parts)
         origins = [RowOrigins(batch.request_keys, batch.positions) for batch in batches]
-        membership.exchange.begin(header, origins)
-        return self._model(batches, self._cache, membership.exchange)
+        exchange = CountedExchange(membership.exchange, self._loads)
+        exchange.begin(header, origins)
+        return self._model(batches, self._cache, exchange)
 
     def _header(self, membership: Membership, parts: tuple[Plan, ...]) -> StepHeader:
         tune = self._tune
@@ -226,6 +235,7 @@ class Engine:
             round_rows=limits.round_rows(num_tokens),
             chunk_rows=tune.chunk_rows,
             pass_rows=limits.pass_rows(num_tokens),
+            is_grouped=tune.is_grouped,
         )
 
     def _report_tokens(self, settled: list[Settled], draws: list[Draw | None]) -> None:

@@ -20,6 +20,7 @@ from common.model_config import ModelConfig
 from common.timeline import Timeline
 from router.connector import Connector
 from router.engine import Engine, Membership
+from router.expert_load import ExpertLoads
 from router.joining import LinkAddress, RouterEnd
 from router.messages import Configure, LinkFailed, Loaded, Loading, Tune
 from router.model.latent_cache import LatentCache
@@ -108,6 +109,7 @@ def load(
         term=configure.term,
         num_experts_per_tok=config.num_experts_per_tok,
         tune=tune,
+        loads=ExpertLoads(config.n_routed_experts, config.moe_layer_ids),
         send=send,
     )
     shape = RowShape(config.hidden_size, config.num_experts_per_tok, dtype)

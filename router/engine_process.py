@@ -28,6 +28,7 @@ from router.engine_loading import LoadedEngine, load
 from router.messages import (
     TO_ENGINE,
     Abort,
+    AskLoads,
     CommitTune,
     Configure,
     Connect,
@@ -108,6 +109,8 @@ class EngineProcess:
                 engine.tune(message)
             case CommitTune():
                 engine.commit(message.tune_id)
+            case AskLoads():
+                engine.report_loads(message)
             case Abort():
                 engine.abort(message.request_id)
             case Disconnect():

@@ -22,6 +22,7 @@ class Tune:
         buffer_factors: [[tokens, factor], ...], see common.row_limits.
         cutoff_factor: topk_scaling_factor where the cutoff is on, else None.
         cutoff_min_rows: the cutoff never bounds fewer rows.
+        is_grouped: whether workers may run all their experts in one fused call.
         max_batch_size: most sequences that run at a time.
         max_prefill_tokens: most tokens of prompts in one step.
         deadline_floor_s: shortest time an expert worker is given to answer.
@@ -34,6 +35,7 @@ class Tune:
     buffer_factors: list[list[float]]
     cutoff_factor: float | None
     cutoff_min_rows: int
+    is_grouped: bool
     max_batch_size: int
     max_prefill_tokens: int
     deadline_floor_s: float
@@ -127,6 +129,13 @@ class Abort:
     """Forget a request and free its blocks at the next step. Unknown ids are ignored."""
 
     request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class AskLoads:
+    """How often was each expert chosen? Answered by Loads."""
+
+    ask_id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +249,14 @@ class AskProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class Loads:
+    """Answers AskLoads. `layers`: [[layer_id, [choices of expert 0, choices of expert 1, ...]], ...]."""
+
+    ask_id: int
+    layers: list[list[int | list[int]]]
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
     """Sent after a step, at most ten times a second, and when the engine becomes idle.
 
@@ -258,8 +275,23 @@ class Stats:
     workers: list[list[float]] = field(default_factory=list)
 
 
-TO_ENGINE = by_name(Configure, Connect, Disconnect, Submit, Tune, CommitTune, Abort, Progress, Shutdown)
+TO_ENGINE = by_name(
+    Configure, Connect, Disconnect, Submit, Tune, CommitTune, Abort, AskLoads, Progress, Shutdown
+)
 TO_FRONT = by_name(
-    *(Loading, Loaded, Linked, LinkFailed, Tokens, Lost, Rejected, AskProgress, Stats, Tuned, TuneRefused),
+    *(
+        Loading,
+        Loaded,
+        Linked,
+        LinkFailed,
+        Tokens,
+        Lost,
+        Rejected,
+        AskProgress,
+        Loads,
+        Stats,
+        Tuned,
+        TuneRefused,
+    ),
     Fatal,
 )

@@ -144,6 +144,7 @@ class CollectiveRouterExchange:
         for one in headers:
             one.capacity_bytes, one.micro_batches = capacity, header.micro_batches
             one.pass_rows = header.pass_rows
+            one.is_grouped = int(header.is_grouped)
         try:
             self._send_metadata(headers, None)
         except LinkError as error:

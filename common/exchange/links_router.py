@@ -124,6 +124,7 @@ class LinksRouterExchange:
             message = self._header(worker, wire.STEP, -1, 0, header.num_tokens)
             message.capacity_bytes, message.micro_batches = self._capacity, header.micro_batches
             message.pass_rows = header.pass_rows
+            message.is_grouped = int(header.is_grouped)
             self._send(worker, message, (), "begin")
 
     def dispatch(

@@ -14,6 +14,7 @@ from protos import admin_pb2 as pb
 from protos import admin_pb2_grpc
 from router.front.config_history import ConfigHistory
 from router.front.config_in_force import ConfigInForce
+from router.front.load_inquiry import LoadInquiry
 from router.front.reload import Outcome, Proposal, Reload
 from router.front.service_state import ServiceState
 
@@ -36,12 +37,14 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         reload: Reload,
         state: ServiceState,
         snapshot: Callable[[], pb.GetStatusResponse],
+        loads: LoadInquiry,
     ) -> None:
         self._in_force = in_force
         self._history = history
         self._reload = reload
         self._state = state
         self._snapshot = snapshot
+        self._loads = loads
 
     async def GetConfig(self, request: pb.GetConfigRequest, context: Context) -> pb.GetConfigResponse:
         """Show the document in force, and the values in effect."""
@@ -104,6 +107,19 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             applied=outcome.is_applied,
             changes=_changes(outcome),
             warnings=outcome.warnings,
+        )
+
+    async def GetExpertLoad(
+        self, request: pb.GetExpertLoadRequest, context: Context
+    ) -> pb.GetExpertLoadResponse:
+        """Show how often each expert was chosen."""
+        loads = await self._loads.ask()
+        return pb.GetExpertLoadResponse(
+            layers=[
+                pb.LayerLoad(layer_id=layer_id, tokens=tokens)
+                for layer_id, tokens in loads.layers
+                if isinstance(layer_id, int) and isinstance(tokens, list)
+            ]
         )
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:

@@ -112,6 +112,7 @@ def tune_of(config: Config, tune_id: int) -> Tune:
         buffer_factors=[[tokens, factor] for tokens, factor in config.alltoall_ep_buffer_scale_factors],
         cutoff_factor=config.cutoff_factor,
         cutoff_min_rows=config.cutoff_min_rows,
+        is_grouped=config.grouped_matmul != "off",
         max_batch_size=config.max_batch_size,
         max_prefill_tokens=config.max_prefill_tokens,
         deadline_floor_s=config.deadline_floor_s,

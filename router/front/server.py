@@ -31,6 +31,7 @@ from router.front.fleet_service import FleetService
 from router.front.generation_service import GenerationService
 from router.front.heartbeats import Heartbeats
 from router.front.journal import End, Journal
+from router.front.load_inquiry import LoadInquiry
 from router.front.reload import Reload
 from router.front.sampling_params import Limits
 from router.front.service_state import ServiceState
@@ -44,6 +45,7 @@ from router.messages import (
     LinkFailed,
     Loaded,
     Loading,
+    Loads,
     Lost,
     Progress,
     Rejected,
@@ -53,7 +55,8 @@ from router.messages import (
     TuneRefused,
 )
 from router.placement.balanced import place
-from router.placement.load import read_loads
+from router.placement.coverage import coverage_of
+from router.placement.load import ExpertLoads, read_loads
 from router.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -93,7 +96,9 @@ class Front:
         self.heartbeats: Heartbeats | None = None
         self.epochs: Epochs | None = None
         self.tuning = EngineTuning(self.engine.send, self.engine.kill, lambda: self.state.loaded is not None)
+        self._loads = LoadInquiry(self.engine.send, lambda: self.state.loaded is not None)
         self._token = "" if config.experts_in_process else fleet_token(config)
+        self._coverage = 0.0
         self._servers: dict[str, RunningServer] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._has_said_ready = False
@@ -118,7 +123,9 @@ class Front:
         generation = GenerationService(
             self.journal, self.state, self.tokenizer, self._limits, self._describe, self.engine.send
         )
-        admin = AdminService(self.in_force, self._history, self.reload, self.state, self._snapshot)
+        admin = AdminService(
+            self.in_force, self._history, self.reload, self.state, self._snapshot, self._loads
+        )
         self._servers["grpc"] = await start_server(
             config.host,
             config.port,
@@ -179,6 +186,7 @@ class Front:
     async def _end_engine(self, work: asyncio.Task[None]) -> None:
         # An engine that is stopped does not agree to anything any more.
         self.tuning.engine_ended()
+        self._loads.engine_ended()
         await self.engine.stop(Shutdown(), ENGINE_GRACE_S)
         work.cancel()
         await asyncio.gather(work, return_exceptions=True)
@@ -186,12 +194,16 @@ class Front:
     async def _listen_for_workers(self) -> RunningServer:
         config = self.config
         self.heartbeats = Heartbeats(self.fleet, self.term, self._token, self.state.announce)
+        placement = self._placement()
+        layers = ExpertLoads(dict.fromkeys(placement.layers, (0,) * self.model.n_routed_experts))
+        self._coverage = coverage_of(placement, layers).experts
+        logger.info("placement: %s", coverage_of(placement, layers))
         facts = EpochFacts(
             term=self.term,
             world_size=config.world_size,
             model_path=self.model_path,
             dtype=self.dtype,
-            placement=self._placement(),
+            placement=placement,
             exchange=config.exchange,
         )
         self.epochs = Epochs(facts, self.fleet, self.state, self.heartbeats.agent_of, self.engine.send)
@@ -241,6 +253,8 @@ class Front:
                 self.journal.finish([message.request_id], End(error=error))
             case Lost():
                 self._engine_lost(message)
+            case Loads():
+                self._loads.answered(message)
             case Tuned() | TuneRefused():
                 self.tuning.answered(message)
             case _:
@@ -355,7 +369,7 @@ class Front:
         )
 
     def _snapshot(self) -> Any:
-        return status_of(self.in_force, self.term, self.state, self.fleet, self.journal)
+        return status_of(self.in_force, self.term, self.state, self.fleet, self.journal, self._coverage)
 
 
 def _dtype(config: Config, model: ModelConfig) -> str:

@@ -45,7 +45,7 @@ def test_links_give_the_bits_of_a_naive_loop_at_both_levels(
 def test_loopback_gives_the_bits_of_a_naive_loop(num_tokens: int) -> None:
     experts = {LAYER: tuple(range(E))}
     loopback = LoopbackExchange(
-        lambda layer, rows, counts: fleet.compute(experts[layer], rows, counts),
+        lambda layer, rows, counts, _: fleet.compute(experts[layer], rows, counts),
         experts,
     )
     given = inputs(num_tokens, torch.float32)

@@ -119,6 +119,7 @@ def tune(ep_level: int = 2, micro_batches: int = 1, **other: Any) -> Tune:
         "buffer_factors": [[0, 8.0]],
         "cutoff_factor": None,
         "cutoff_min_rows": 4096,
+        "is_grouped": True,
         "max_batch_size": 8,
         "max_prefill_tokens": 64,
         "deadline_floor_s": 0.25,

@@ -18,6 +18,7 @@ from common.exchange import Dispatched, Extra, RouterExchange, RowOrigins, StepH
 from common.model_config import ModelConfig
 from router.batch import Batch
 from router.engine import Engine, Membership
+from router.expert_load import ExpertLoads
 from router.messages import Lost, Rejected, Stats, Submit, Tokens
 from router.model.latent_cache import LatentCache
 from router.scheduler import Limits, Scheduler
@@ -65,7 +66,7 @@ def stand_in_for_one(batch: Batch, cache: LatentCache, exchange: RouterExchange)
     slots = cache.layer(0).reshape(-1, 2)
     slots[batch.slot_mapping, 0] = batch.input_ids.float()
     none = torch.zeros(len(batch.input_ids), 1)
-    exchange.combine(exchange.dispatch(0, 0, none, none, none))
+    exchange.combine(exchange.dispatch(0, 0, none, none.long(), none))
     block_size = cache.block_size
     contexts: dict[int, list[float]] = {}
     for span in batch.prefills:
@@ -108,6 +109,7 @@ class Bench:
             term=9,
             num_experts_per_tok=1,
             tune=tune(2, micro_batches),
+            loads=ExpertLoads(1, [0]),
             send=self.sent.append,
         )
 

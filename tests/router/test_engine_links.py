@@ -67,7 +67,9 @@ class Worker:
             serve(self._exchange, self._outputs, self._is_stopped.is_set)
 
     def _outputs(self, received: Received) -> Tensor:
-        return self._compute(received.layer_id, received.rows, received.tokens_per_expert)
+        return self._compute(
+            received.layer_id, received.rows, received.tokens_per_expert, received.is_grouped
+        )
 
 
 class Workers:

@@ -60,11 +60,11 @@ async def test_a_dry_run_says_everything_and_changes_nothing(tmp_path: Path) -> 
     async with running_front(front_config(tmp_path, 0)) as running:
         await running.until_ready()
         before = await document_of(running)
-        proposed = await with_level(running, 2, groupedMatmul="on")
+        proposed = await with_level(running, 2, cutoffMinRows=64)
         response = await reload(running, proposed, dry_run=True)
         assert (response.version, response.applied, len(response.changes)) == (1, False, 2)
         assert list(response.refusals) == []
-        assert any("groupedMatmul" in warning for warning in response.warnings)
+        assert any("cutoffMinRows" in warning for warning in response.warnings)
         cold = await reload(running, await with_own(running, threads=2, microBatches=2), dry_run=True)
         assert {change.path: change.reload_class for change in cold.changes} == {
             "ExpertMesh.threads": "restart",
