@@ -27,7 +27,7 @@ ifneq ($(TORCH_INDEX_URL),)
 .PHONY: $(VENV)/.installed
 endif
 
-$(VENV)/.installed: pyproject.toml scripts/setup.sh
+$(VENV)/.installed: pyproject.toml scripts/setup.sh hatch_build.py $(wildcard common/native/*.cpp common/native/*.h common/native/*.py)
 	@PYTHON='$(PYTHON)' TORCH_INDEX_URL='$(TORCH_INDEX_URL)' scripts/setup.sh $(VENV)
 	@touch $@
 
@@ -65,9 +65,10 @@ check: lint types test  ## What has to be green before a commit
 
 bench: setup  ## Run the benchmarks of benchmarks/ (see its README)
 	@$(BIN)/python -m benchmarks.bench_exchange
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.bench_int8
 	@$(BIN)/python -m benchmarks.v2_lite_shape .cache/v2-lite-shape
 	@$(BIN)/python -m benchmarks.bench_serving .cache/v2-lite-shape
 
 clean:  ## Remove what was made: environment, demo checkpoint, caches
-	@rm -rf $(VENV) .cache build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	@rm -rf $(VENV) common/native/*.so .cache build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -37,7 +37,8 @@ DTYPES = {
 MAX_HEADER_BYTES = 100 * 2**20
 """The format's own limit; a larger number means that the file is something else."""
 
-INDEX = "model.safetensors.index.json"
+INDEX_PATTERN = "*.safetensors.index.json"
+"""Hugging Face names the index of its shards after the model, msModelSlim after the format."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +62,9 @@ class Checkpoint:
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise CheckpointError(f"{self.directory} is not a directory: a checkpoint must be one")
-        index = self.directory / INDEX
         if (self.directory / "model.safetensors").is_file():
             self._tensors = _read_shards([self.directory / "model.safetensors"])
-        elif index.is_file():
+        elif (index := _find_index(self.directory)) is not None:
             self._tensors = _read_indexed(index)
         else:
             self._tensors = _read_shards(_unindexed_files(self.directory))
@@ -73,6 +73,13 @@ class Checkpoint:
     def names(self) -> tuple[str, ...]:
         """Every tensor of the checkpoint, in the order of the files."""
         return tuple(self._tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def file(self, name: str) -> Path:
+        """The file a tensor lies in."""
+        return self._stored(name).file
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor."""
@@ -124,6 +131,16 @@ def _read_into(buffer: memoryview, stored: StoredTensor) -> None:
             if not count:
                 raise CheckpointError(f"{stored.file} ended while it was read: copy the file again")
             buffer = buffer[count:]
+
+
+def _find_index(directory: Path) -> Path | None:
+    found = sorted(directory.glob(INDEX_PATTERN))
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{directory} holds {found[0].name} and {found[1].name}, but it must hold one checkpoint: "
+            f"move the other one away"
+        )
+    return found[0] if found else None
 
 
 def _unindexed_files(directory: Path) -> list[Path]:

@@ -28,7 +28,11 @@ keys to values: {"ServerConfig.port": 0, "ModelConfig.worldSize": 4, "ExpertMesh
 | fleet_host, fleet_port           | ExpertMesh.fleetAddress, .fleetPort       | data_address, 1028         |
 | data_address                     | ExpertMesh.dataAddress                    | 127.0.0.1                  |
 | device, dtype                    | ExpertMesh.device, .dtype                 | "cpu", "auto"              |
+| exchange                         | ExpertMesh.exchange                       | "links" on a CPU           |
 | micro_batches                    | ExpertMesh.microBatches                   | 1: a step is not cut       |
+| chunk_rows                       | ExpertMesh.chunkRows                      | 4096 (0: not cut)          |
+| redundant_experts                | ExpertMesh.redundantExperts               | 0                          |
+| expert_load_file                 | ExpertMesh.expertLoadFile                 | None: loads unknown        |
 | grouped_matmul, topology         | ExpertMesh.groupedMatmul, .topology       | "auto"                     |
 | cutoff_min_rows                  | ExpertMesh.cutoffMinRows                  | 4096                       |
 | experts_in_process               | ExpertMesh.expertsInProcess, worldSize 0  | False; True: no workers    |
@@ -36,6 +40,7 @@ keys to values: {"ServerConfig.port": 0, "ModelConfig.worldSize": 4, "ExpertMesh
 | register_timeout_s               | ExpertMesh.registerTimeoutSeconds         | 60.0                       |
 | deadline_floor_s                 | ExpertMesh.deadlineFloorSeconds           | 0.25                       |
 | drain_timeout_s                  | ExpertMesh.drainTimeoutSeconds            | 30.0                       |
+| trace_file                       | ExpertMesh.traceFile                      | None: nothing is recorded  |
 | log_level                        | ExpertMesh.logLevel                       | "info"                     |
 | max_queued_requests              | ExpertMesh.maxQueuedRequests              | 1000                       |
 | fleet_token_file                 | ExpertMesh.fleetTokenFile                 | None; see fleet_token()    |
@@ -111,7 +116,11 @@ class Config(BaseModel):
     data_address: Annotated[str, At("ExpertMesh.dataAddress", FLEET)]
     device: Annotated[str, At("ExpertMesh.device", FLEET)]
     dtype: Annotated[str, At("ExpertMesh.dtype", FLEET)]
+    exchange: Annotated[str, At("ExpertMesh.exchange", FLEET)]
     micro_batches: Annotated[int, At("ExpertMesh.microBatches", HOT)]
+    chunk_rows: Annotated[int, At("ExpertMesh.chunkRows", HOT)]
+    redundant_experts: Annotated[int, At("ExpertMesh.redundantExperts", ROUTER)]
+    expert_load_file: Annotated[str | None, At("ExpertMesh.expertLoadFile", ROUTER)]
     grouped_matmul: Annotated[str, At("ExpertMesh.groupedMatmul", HOT)]
     topology: Annotated[str, At("ExpertMesh.topology", ROUTER)]
     cutoff_min_rows: Annotated[int, At("ExpertMesh.cutoffMinRows", HOT)]
@@ -120,6 +129,7 @@ class Config(BaseModel):
     register_timeout_s: Annotated[float, At("ExpertMesh.registerTimeoutSeconds", WORKERS)]
     deadline_floor_s: Annotated[float, At("ExpertMesh.deadlineFloorSeconds", HOT)]
     drain_timeout_s: Annotated[float, At("ExpertMesh.drainTimeoutSeconds", HOT)]
+    trace_file: Annotated[str | None, At("ExpertMesh.traceFile", ROUTER)]
     log_level: Annotated[str, At("ExpertMesh.logLevel", HOT)]
     max_queued_requests: Annotated[int, At("ExpertMesh.maxQueuedRequests", HOT)]
     fleet_token_file: Annotated[str | None, At("ExpertMesh.fleetTokenFile", FLEET)]
@@ -130,6 +140,11 @@ class Config(BaseModel):
     advertise_address: Annotated[str | None, At("ExpertMesh.advertiseAddress", WORKERS)]
     state_dir: Annotated[str | None, At("ExpertMesh.stateDir", ROUTER)]
     warnings: tuple[str, ...] = ()
+
+    @property
+    def cutoff_factor(self) -> float | None:
+        """The bound on expanded rows at ep_level 1 as a share of all rows; None: no bound."""
+        return (self.topk_scaling_factor or 1.0) if self.enable_init_routing_cutoff else None
 
 
 MARKS = {
@@ -235,6 +250,9 @@ def _derive(sections: Sections) -> tuple[dict[str, Any], dict[str, str]]:
     elif group.world_size == 0:
         values["experts_in_process"] = True
         inferred["experts_in_process"] = "worldSize 0"
+    if own.exchange == "auto":
+        values["exchange"] = "links" if own.device == "cpu" else "collective"
+        inferred["exchange"] = f"ExpertMesh.device {own.device}"
     for field, address in (("fleet_host", own.fleet_address), ("agent_host", own.agent_address)):
         if address is None:
             values[field] = own.data_address
@@ -272,7 +290,9 @@ def check_experts(config: Config, n_routed_experts: int) -> None:
     Raises:
         ConfigError: the routed experts cannot be dealt out evenly to moe_ep workers.
     """
-    if not config.experts_in_process and n_routed_experts % config.moe_ep != 0:
+    if config.experts_in_process or config.redundant_experts:
+        return  # where experts have replicas, these are what makes the numbers fit
+    if n_routed_experts % config.moe_ep != 0:
         raise ConfigError(
             f"ModelConfig[0].moe_ep is {config.moe_ep}, but it must divide the checkpoint's n_routed_experts "
             f"({n_routed_experts}): choose another worldSize or moe_ep"

@@ -21,9 +21,12 @@ class ExpertMeshSection(Section, extra="forbid"):
     device: Literal["cpu", "cuda", "npu"] = "cpu"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     experts_in_process: bool = False
+    exchange: Literal["auto", "links", "collective"] = "auto"
     micro_batches: int = Field(default=1, ge=1, le=8)
+    chunk_rows: int = Field(default=4096, ge=0)
     grouped_matmul: Literal["auto", "on", "off"] = "auto"
     redundant_experts: int = Field(default=0, ge=0)
+    expert_load_file: str | None = Field(default=None, min_length=1)
     topology: Literal["auto", "switch", "direct"] = "auto"
     cutoff_min_rows: int = Field(default=4096, ge=1)
     threads: int | None = Field(default=None, ge=1, le=1024)
@@ -31,6 +34,7 @@ class ExpertMeshSection(Section, extra="forbid"):
     fleet_token_file: str | None = Field(default=None, min_length=1)
     deadline_floor_seconds: float = Field(default=0.25, gt=0, le=60)
     drain_timeout_seconds: float = Field(default=30.0, ge=0, le=86400)
+    trace_file: str | None = Field(default=None, min_length=1)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     max_queued_requests: int = Field(default=1000, ge=1, le=1 << 20)
     router: Annotated[str | None, matching(r".+:[0-9]{1,5}", "must be HOST:PORT")] = None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from common.errors import CheckpointError
+from common.model_json import read_json_object
+from common.quantization.description import DESCRIPTION_PATTERN, find_description
 
 MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "deepseekv2")
 """`deepseekv2` is what MindIE's converter writes, for V3 and R1 too."""
@@ -28,7 +29,11 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
 ONLY_VALUES: dict[str, Any] = {"hidden_act": "silu", "mlp_bias": False, "rope_interleave": True}
 """Keys that may be absent, and the one value with which this model is computed."""
 
-QUANTIZATION_KEYS = ("quantization_config", "quantize", "mla_quantize", "mtp_quantize")
+FP8_BLOCKS: dict[str, Any] = {"quant_method": "fp8", "fmt": "e4m3"}
+"""What quantization_config must say, where it says it, in DeepSeek's official FP8 checkpoints."""
+
+INT8_KEYS = ("quantize", "mla_quantize", "mtp_quantize")
+"""What msModelSlim adds to config.json. Which tensors are meant, only the description beside it says."""
 
 DEFAULT_ORIGINAL_POSITIONS = 4096
 """What DeepSeek's modeling code takes for a missing original_max_position_embeddings."""
@@ -95,6 +100,7 @@ class ModelConfig(_Facts):
     tie_word_embeddings: bool = False
     num_nextn_predict_layers: Count = 0
     dtype: str = "float32"
+    weight_block_size: tuple[PositiveInt, PositiveInt] | None = None
     bos_token_id: TokenId | None = None
     eos_token_id: TokenId | tuple[TokenId, ...] | None = None
 
@@ -106,9 +112,10 @@ class ModelConfig(_Facts):
             CheckpointError: the file is missing, is not JSON, describes another model or contradicts itself.
         """
         file = Path(path) / "config.json"
-        raw = _read_json_object(file)
+        raw = read_json_object(file)
         try:
-            return cls.model_validate(_normalized(raw, file))
+            facts = _normalized(raw, file) | {"weight_block_size": _weight_block_size(raw, file)}
+            return cls.model_validate(facts)
         except ValidationError as error:
             raise CheckpointError(_sentence(file, error)) from None
 
@@ -146,7 +153,7 @@ class ModelConfig(_Facts):
         file = Path(path) / "generation_config.json"
         value: object = self.eos_token_id
         if file.is_file():
-            stated = _read_json_object(file).get("eos_token_id")
+            stated = read_json_object(file).get("eos_token_id")
             value = self.eos_token_id if stated is None else stated
         if value is None:
             return ()
@@ -204,29 +211,9 @@ class ModelConfig(_Facts):
             )
 
 
-def _read_json_object(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing: a Hugging Face model directory must contain it") from None
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file} holds a {type(value).__name__}, but it must hold a JSON object")
-    return value
-
-
 def _normalized(raw: dict[str, Any], file: Path) -> dict[str, Any]:
     """Bring both layouts of config.json to one, with the defaults of the model's family."""
     family = _family(raw, file)
-    for key in QUANTIZATION_KEYS:
-        if raw.get(key):
-            raise CheckpointError(
-                f"{file}: {key} is set, but quantized checkpoints are not supported yet: "
-                f"use a bfloat16 or float32 checkpoint"
-            )
     for key, only in ONLY_VALUES.items():
         if raw.get(key) is not None and raw[key] != only:
             raise CheckpointError(f"{file}: {key} is {raw[key]!r}, but only {only!r} is supported")
@@ -238,6 +225,35 @@ def _normalized(raw: dict[str, Any], file: Path) -> dict[str, Any]:
     if isinstance(facts.get("eos_token_id"), list):
         facts["eos_token_id"] = tuple(facts["eos_token_id"])
     return facts | _rope(raw, file)
+
+
+def _weight_block_size(raw: dict[str, Any], file: Path) -> object:
+    """Read the size of the blocks of an FP8 checkpoint; in a W8A8 one the description says everything."""
+    if find_description(file.parent) is not None:
+        return None
+    for key in INT8_KEYS:
+        if raw.get(key):
+            raise CheckpointError(
+                f"{file}: {key} is {raw[key]!r}, but no {DESCRIPTION_PATTERN} is beside it: copy it from "
+                f"where the checkpoint was quantized"
+            )
+    stated = raw.get("quantization_config") or {}
+    if not isinstance(stated, dict):
+        raise CheckpointError(f"{file}: quantization_config is {stated!r}, but it must be an object")
+    if not stated:
+        return None
+    for key, only in FP8_BLOCKS.items():
+        if stated.get(key, only if key != "quant_method" else None) != only:
+            raise CheckpointError(
+                f"{file}: quantization_config.{key} is {stated.get(key)!r}, but only {only!r} is supported"
+            )
+    block_size = stated.get("weight_block_size")
+    if not isinstance(block_size, list):
+        raise CheckpointError(
+            f"{file}: quantization_config.weight_block_size is {block_size!r}, but FP8 weights are only "
+            f"supported in blocks of [rows, columns]"
+        )
+    return tuple(block_size)
 
 
 def _first(raw: dict[str, Any], *keys: str, default: object) -> object:

@@ -11,10 +11,6 @@ from common.config_file import Sections
 from common.config_problems import Problem, json_line
 
 REPORTED = (
-    "models.deepseekv2.enable_init_routing_cutoff",
-    "models.deepseekv2.topk_scaling_factor",
-    "models.deepseekv2.alltoall_ep_buffer_scale_factors",
-    "ExpertMesh.cutoffMinRows",
     "ExpertMesh.groupedMatmul",
     "ExpertMesh.topology",
 )
@@ -27,7 +23,6 @@ REFUSED = {
     "BackendConfig.interNodeTLSEnabled": (False, NO_TLS),
     "ExpertMesh.httpPort": (None, "HTTP is not built in this version: leave it out"),
     "ExpertMesh.device": ("cpu", 'only "cpu" is built in this version'),
-    "ExpertMesh.redundantExperts": (0, "only 0 is built in this version"),
 }
 """Keys that would silently be less safe, or other, than what was asked for: the one value, and why."""
 

@@ -38,7 +38,8 @@ class Agent:
         self.config = config
         self.worker_id = config.worker_id or _make_worker_id(config)
         self.executor = ExecutorLink(
-            Configure(config.device, config.threads, config.data_address, exchange="links"), executor_module
+            Configure(config.device, config.threads, config.data_address, exchange=config.exchange),
+            executor_module,
         )
         self._token = fleet_token(config)
         self.registration = Registration(

@@ -7,6 +7,7 @@ import hashlib
 import torch
 from torch import Tensor
 
+from common.quantization.w8a8 import quantize_channels
 from expert_worker.kernels import ExpertKernels
 
 HIDDEN_SIZE = 1024  # long enough for a matrix kernel to cut its sum into parts
@@ -16,23 +17,32 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def arithmetic_hash(kernels: ExpertKernels, device: torch.device | str = "cpu") -> str:
-    """Run fixed rows through fixed experts and return a hash of the bits that come out, 16 hex digits."""
+    """Run fixed rows through fixed experts, in floating point and in int8, and hash the bits that come out.
+
+    Returns:
+        16 hex digits.
+    """
     digest = hashlib.sha256()
     for dtype in DTYPES:
-        output = _probe(kernels, dtype, torch.device(device))
-        digest.update(output.cpu().view(torch.uint8).numpy().tobytes())
+        for output in _probe(kernels, dtype, torch.device(device)):
+            digest.update(output.cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def _probe(kernels: ExpertKernels, dtype: torch.dtype, device: torch.device) -> Tensor:  # [R, D]
+def _probe(
+    kernels: ExpertKernels, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:  # 2 x [R, D]
     num_experts = len(TOKENS_PER_EXPERT)
     up_shape = (num_experts, MOE_INTERMEDIATE_SIZE, HIDDEN_SIZE)
     gate = _numbers(1, up_shape).to(device, dtype)
     up = _numbers(2, up_shape).to(device, dtype)
     down = _numbers(3, (num_experts, HIDDEN_SIZE, MOE_INTERMEDIATE_SIZE)).to(device, dtype)
     rows = _numbers(4, (sum(TOKENS_PER_EXPERT), HIDDEN_SIZE)).to(device, dtype)
+    counts = torch.tensor(TOKENS_PER_EXPERT)
     packed = kernels.pack(list(gate.clone()), list(up), list(down))
-    return kernels.experts(rows, None, torch.tensor(TOKENS_PER_EXPERT), packed)
+    gate8, up8, down8 = (list(map(quantize_channels, one)) for one in (gate, up, down))
+    in_int8 = kernels.pack_int8(gate8, up8, down8, dtype)
+    return kernels.experts(rows, None, counts, packed), kernels.int8_experts(rows, None, counts, in_int8)
 
 
 def _numbers(seed: int, shape: tuple[int, ...]) -> Tensor:

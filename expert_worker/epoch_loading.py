@@ -8,12 +8,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from common import process_group
 from common.errors import ExpertMeshError
-from common.exchange.links import LinksExpertExchange
 from common.exchange.routing import RowShape
 from common.model_config import ModelConfig
 from expert_worker.experts import LayerExperts
+from expert_worker.joining import JoinGroup, JoinLink, experts_of
 from expert_worker.messages import Linked, Loaded, Loading, Prepare, PrepareFailed
 from expert_worker.shard import DTYPES, Shard, ShardSource
 
@@ -36,8 +35,7 @@ class EpochLoading:
     def __init__(
         self,
         shard: Shard,
-        exchange: LinksExpertExchange,
-        data_address: str,
+        joining: JoinLink | JoinGroup,
         on_loaded: Callable[[int, int, Layers], None],
         send: Callable[[object], None],
     ) -> None:
@@ -45,14 +43,12 @@ class EpochLoading:
 
         Args:
             shard: the experts in memory.
-            exchange: where a link goes when it is up.
-            data_address: of this host.
+            joining: how a router is joined.
             on_loaded: gets (term, epoch, layers) before the first rows of the epoch can arrive.
             send: to the agent, from any thread.
         """
         self._shard = shard
-        self._exchange = exchange
-        self._data_address = data_address
+        self._joining = joining
         self._on_loaded = on_loaded
         self._send = send
         self._newest: dict[int, int] = {}
@@ -100,33 +96,9 @@ class EpochLoading:
     def _join(self, message: Prepare) -> None:
         config = ModelConfig.from_directory(Path(message.model_path))
         shape = RowShape(config.hidden_size, config.num_experts_per_tok, DTYPES[message.dtype])
-        link = process_group.join_pair(
-            message.host,
-            message.port,
-            prefix=message.prefix,
-            rank=1,
-            timeout_s=message.timeout_s,
-            data_address=self._data_address,
-        )
-        try:
-            self._check(message)
-            self._exchange.add_router(
-                message.term, message.epoch, message.incarnation, link, shape, experts_of(message)
-            )
-        except BaseException:
-            link.close()
-            raise
+        self._joining.join(message, shape, lambda: self._check(message))
         self._send(Linked(message.term, message.epoch))
 
     def _check(self, message: Prepare) -> None:
         if self._newest.get(message.term) != message.epoch:
             raise Superseded(f"epoch {message.epoch} of term {message.term} was superseded or given up")
-
-
-def experts_of(message: Prepare) -> dict[int, tuple[int, ...]]:
-    """The experts an epoch gives to this worker: layer_id -> checkpoint indices in local order."""
-    experts: dict[int, tuple[int, ...]] = {}
-    for layer_id, own in message.layers:
-        if isinstance(layer_id, int) and isinstance(own, list):
-            experts[layer_id] = tuple(own)
-    return experts

@@ -20,15 +20,17 @@ import torch
 from torch import Tensor
 
 from common.channel import ChildChannel, Fatal, Shutdown
-from common.device import open_device
+from common.device import find_device, open_device
 from common.errors import ConfigError, ControlError
 from common.exchange import Received
+from common.exchange.collective import CollectiveExpertExchange
 from common.exchange.links import LinksExpertExchange
 from common.lifeline import obey_parent_only
 from common.logs import configure_logging
 from common.progress_counter import ProgressCounter
 from expert_worker.arithmetic import arithmetic_hash
 from expert_worker.epoch_loading import EpochLoading, Layers
+from expert_worker.joining import JoinGroup, JoinLink
 from expert_worker.kernels import load_kernels
 from expert_worker.messages import TO_EXECUTOR, Configure, Forget, LinkClosed, Prepare, Ready
 from expert_worker.shard import Shard
@@ -79,7 +81,6 @@ class Executor:
         self._channel = channel
         self._progress = progress
         self._tables = EpochTables()
-        self._exchange = LinksExpertExchange(self._link_closed)
         self._is_told_to_stop = False
 
     def run(self) -> int:
@@ -91,9 +92,12 @@ class Executor:
                 return 0
             if not isinstance(first, Configure):
                 raise ControlError(f"the first message is {type(first).__name__}, but it must be Configure")
-            loading = self._start(first)
-            threading.Thread(target=self._read, args=(messages, loading), name="channel", daemon=True).start()
-            serve(self._exchange, self._outputs, lambda: self._is_told_to_stop)
+            joining = self._open(first)
+            loading = self._start(first, joining)
+            threading.Thread(
+                target=self._read, args=(messages, loading, joining), name="channel", daemon=True
+            ).start()
+            serve(joining.exchange, self._outputs, lambda: self._is_told_to_stop)
             return 0
         except (BrokenPipeError, ConnectionResetError):
             return 1  # nobody is left to tell
@@ -103,16 +107,21 @@ class Executor:
             logger.error("the executor failed", exc_info=error)
             return self._end(error, 1)
 
-    def _start(self, configure: Configure) -> EpochLoading:
+    def _open(self, configure: Configure) -> JoinLink | JoinGroup:
+        if configure.exchange == "links":
+            return JoinLink(LinksExpertExchange(self._link_closed), configure.data_address)
+        device = find_device(configure.device)
+        exchange = CollectiveExpertExchange(self._link_closed)
+        return JoinGroup(exchange, configure.data_address, device.collective)
+
+    def _start(self, configure: Configure, joining: JoinLink | JoinGroup) -> EpochLoading:
         if configure.threads is not None:
             torch.set_num_threads(configure.threads)
         torch.set_float32_matmul_precision("highest")
         device = open_device(configure.device)
         kernels = load_kernels(configure.device)
         shard = Shard(kernels, device)
-        loading = EpochLoading(
-            shard, self._exchange, configure.data_address, self._tables.add, self._channel.send
-        )
+        loading = EpochLoading(shard, joining, self._tables.add, self._channel.send)
         self._channel.send(Ready(str(device), arithmetic_hash(kernels, device)))
         return loading
 
@@ -122,7 +131,7 @@ class Executor:
         experts = layers[received.layer_id]
         return experts.forward(received.rows, received.tokens_per_expert, self._progress.tick)
 
-    def _read(self, messages: Iterator[Any], loading: EpochLoading) -> None:
+    def _read(self, messages: Iterator[Any], loading: EpochLoading, joining: JoinLink | JoinGroup) -> None:
         """Do what the agent says, beside the computation."""
         try:
             for message in messages:
@@ -131,14 +140,14 @@ class Executor:
                         loading.prepare(message)
                     case Forget():
                         loading.forget(message.term)
-                        self._exchange.forget(message.term)
+                        joining.exchange.forget(message.term)
                         self._tables.forget(message.term)
                     case Shutdown():
                         break
         except (OSError, ControlError) as error:
             logger.error("the agent cannot be understood: %s", error)
         self._is_told_to_stop = True
-        self._exchange.close()
+        joining.exchange.close()
         # Without a parent nobody needs what the main thread may still compute.
         time.sleep(END_GRACE_S)
         os._exit(1)

@@ -6,19 +6,25 @@ Shapes: R rows, E_local local experts, D hidden_size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor
 
-from expert_worker.kernels import ExpertKernels, PackedExperts
+from expert_worker.kernels import ExpertKernels, PackedExperts, PackedInt8Experts
 
 
 class LayerExperts:
     """Weights of some experts of a layer, and the arithmetic on them. Keeps nothing of the rows it saw."""
 
-    def __init__(self, expert_ids: Sequence[int], packed: PackedExperts, kernels: ExpertKernels) -> None:
+    def __init__(
+        self, expert_ids: Sequence[int], packed: PackedExperts | PackedInt8Experts, kernels: ExpertKernels
+    ) -> None:
         self.expert_ids = tuple(expert_ids)
-        self._packed = packed
-        self._kernels = kernels
+        self._compute: Callable[..., Tensor]
+        if isinstance(packed, PackedInt8Experts):
+            self._compute = partial(kernels.int8_experts, packed=packed)
+        else:
+            self._compute = partial(kernels.experts, packed=packed)
 
     @property
     def num_local_experts(self) -> int:
@@ -33,4 +39,4 @@ class LayerExperts:
         row_scales: Tensor | None = None,
     ) -> Tensor:  # [R, D] -> [R, D]
         """Run rows, sorted by local expert, through their experts; call `on_progress` after each of them."""
-        return self._kernels.experts(rows, row_scales, tokens_per_expert, self._packed, on_progress)
+        return self._compute(rows, row_scales, tokens_per_expert, on_progress=on_progress)

@@ -5,20 +5,26 @@ Shapes: D hidden_size, F moe_intermediate_size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from common.checkpoint import Checkpoint
 from common.errors import CheckpointError
+from common.heap import release_freed_memory
 from common.model_config import ModelConfig
+from common.quantization.description import FLOAT, W8A8_DYNAMIC
+from common.quantization.w8a8 import read_dynamic
+from common.stored_weights import StoredWeights
 from expert_worker.experts import LayerExperts
-from expert_worker.kernels import ExpertKernels, PackedExperts
+from expert_worker.kernels import ExpertKernels, PackedExperts, PackedInt8Experts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+SCALE_BYTES = 4
+"""Of one out-feature of an int8 weight."""
 
 Expert = tuple[int, int]
 """layer_id, and the expert's index in the checkpoint."""
@@ -43,7 +49,7 @@ class Shard:
         self._kernels = kernels
         self._device = device
         self._source: ShardSource | None = None
-        self._experts: dict[Expert, PackedExperts] = {}
+        self._experts: dict[Expert, PackedExperts | PackedInt8Experts] = {}
         self._num_bytes: dict[Expert, int] = {}
         self.loaded_bytes = 0
 
@@ -72,8 +78,8 @@ class Shard:
         on_progress(self.loaded_bytes, total)
         for expert in reader.wanted:
             if expert not in self._experts:
-                gate, up, down = (tensor.to(self._device) for tensor in reader.read(expert))
-                self._experts[expert] = self._kernels.pack([gate], [up], [down])
+                self._experts[expert] = reader.read(expert, self._kernels, self._device)
+                release_freed_memory()
                 self._num_bytes[expert] = reader.num_bytes(expert)
                 self.loaded_bytes += self._num_bytes[expert]
                 on_progress(self.loaded_bytes, total)
@@ -81,10 +87,14 @@ class Shard:
 
     def _layer(self, layer_id: int, own: tuple[int, ...]) -> LayerExperts:
         held = [self._experts[layer_id, expert] for expert in own]
-        packed = PackedExperts(
-            tuple(one for each in held for one in each.gate_up),
-            tuple(one for each in held for one in each.down),
-        )
+        floats = [one for one in held if isinstance(one, PackedExperts)]
+        int8s = [one for one in held if isinstance(one, PackedInt8Experts)]
+        if floats and int8s:
+            raise CheckpointError(
+                f"layer {layer_id} has {len(floats)} experts in floating point and {len(int8s)} in int8 "
+                f"on this worker, but all experts of a layer must be of one type"
+            )
+        packed = PackedInt8Experts.joined(int8s) if int8s else PackedExperts.joined(floats)
         return LayerExperts(own, packed, self._kernels)
 
     def _let_go(self, wanted: set[Expert]) -> None:
@@ -94,7 +104,7 @@ class Shard:
 
 
 class _ExpertReader:
-    """Reads experts of a checkpoint and converts them on the way."""
+    """Reads experts of a checkpoint: in floating point converted on the way, in int8 as they are."""
 
     def __init__(self, source: ShardSource, experts: Mapping[int, tuple[int, ...]]) -> None:
         if source.dtype not in DTYPES:
@@ -103,7 +113,7 @@ class _ExpertReader:
             )
         self._dtype = DTYPES[source.dtype]
         self._config = ModelConfig.from_directory(source.model_path)
-        self._checkpoint = Checkpoint(source.model_path)
+        self._weights = StoredWeights(source.model_path, self._config)
         self.wanted = [(layer_id, expert) for layer_id, own in experts.items() for expert in own]
         for layer_id, expert in self.wanted:
             if layer_id not in self._config.moe_layer_ids or expert >= self._config.n_routed_experts:
@@ -115,18 +125,42 @@ class _ExpertReader:
 
     def num_bytes(self, expert: Expert) -> int:
         """What the expert takes in memory."""
-        return sum(self._checkpoint.num_elements(name) for name, _ in self._parts(expert)) * (
-            self._dtype.itemsize
-        )
+        sizes = [(math.prod(shape), shape[0]) for _, shape in self._parts(expert)]
+        if self._type_of(expert) == FLOAT:
+            return sum(num_elements for num_elements, _ in sizes) * self._dtype.itemsize
+        return sum(num_elements + num_out * SCALE_BYTES for num_elements, num_out in sizes)
 
-    def read(self, expert: Expert) -> Iterator[Tensor]:
-        """gate_proj [F, D], up_proj [F, D] and down_proj [D, F] of one expert, in the dtype they become."""
-        for name, shape in self._parts(expert):
-            yield self._checkpoint.tensor(name, shape).to(self._dtype)
+    def read(
+        self, expert: Expert, kernels: ExpertKernels, device: torch.device
+    ) -> PackedExperts | PackedInt8Experts:
+        """Read gate_proj [F, D], up_proj [F, D] and down_proj [D, F] of one expert and pack them."""
+        if self._type_of(expert) == FLOAT:
+            gate, up, down = (
+                self._weights.float_tensor(f"{path}.weight", shape, self._dtype).to(device)
+                for path, shape in self._parts(expert)
+            )
+            return kernels.pack([gate], [up], [down])
+        gate8, up8, down8 = (
+            read_dynamic(self._weights.checkpoint, path, shape).to(device)
+            for path, shape in self._parts(expert)
+        )
+        return kernels.pack_int8([gate8], [up8], [down8], self._dtype)
+
+    def _type_of(self, expert: Expert) -> str:
+        """Return the type that the three weights of an expert share: FLOAT or W8A8_DYNAMIC."""
+        types = {path: self._weights.type_of(path) for path, _ in self._parts(expert)}
+        (path, kind), *others = types.items()
+        if kind not in (FLOAT, W8A8_DYNAMIC) or any(other != kind for _, other in others):
+            raise CheckpointError(
+                f"{self._weights.checkpoint.directory}: the weights of {path.rpartition('.')[0]} are "
+                f"{', '.join(types.values())}, but those of an expert must all be {FLOAT} or {W8A8_DYNAMIC}"
+            )
+        return kind
 
     def _parts(self, expert: Expert) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Yield where the linear layers of an expert are, and the shapes of their weights."""
         hidden_size, intermediate = self._config.hidden_size, self._config.moe_intermediate_size
         prefix = f"model.layers.{expert[0]}.mlp.experts.{expert[1]}"
-        yield f"{prefix}.gate_proj.weight", (intermediate, hidden_size)
-        yield f"{prefix}.up_proj.weight", (intermediate, hidden_size)
-        yield f"{prefix}.down_proj.weight", (hidden_size, intermediate)
+        yield f"{prefix}.gate_proj", (intermediate, hidden_size)
+        yield f"{prefix}.up_proj", (intermediate, hidden_size)
+        yield f"{prefix}.down_proj", (hidden_size, intermediate)

@@ -46,6 +46,7 @@ class Batch:
         micro_batch: its number within the step.
         input_ids: [T] int64.
         positions: [T] int64, within the row's own sequence.
+        request_keys: [T] int64, of the row's sequence.
         slot_mapping: [T] int64, block * block_size + offset: where the row's latents go in the cache.
         num_positions: one more than the highest position.
         prefills: runs of prompt tokens.
@@ -58,6 +59,7 @@ class Batch:
     micro_batch: int
     input_ids: Tensor
     positions: Tensor
+    request_keys: Tensor
     slot_mapping: Tensor
     num_positions: int
     prefills: tuple[PrefillSpan, ...]
@@ -71,6 +73,7 @@ def build_batch(plan: Plan, block_size: int, device: torch.device | str, micro_b
     """Lay out the tokens of a plan, or of a part of one. `block_size` is the tokens of a KV block."""
     input_ids: list[int] = []
     positions: list[int] = []
+    request_keys: list[int] = []
     slots: list[int] = []
     prefills: list[PrefillSpan] = []
     decode_rows: list[int] = []
@@ -82,6 +85,7 @@ def build_batch(plan: Plan, block_size: int, device: torch.device | str, micro_b
         table = chunk.sequence.block_table
         input_ids += chunk.sequence.tokens[chunk.start : chunk.end]
         positions += range(chunk.start, chunk.end)
+        request_keys += [chunk.sequence.request_key] * chunk.num_tokens
         slots += _slots(chunk, block_size)
         num_prompt = max(0, min(chunk.end, chunk.sequence.num_prompt_tokens) - chunk.start)
         if num_prompt:
@@ -102,6 +106,7 @@ def build_batch(plan: Plan, block_size: int, device: torch.device | str, micro_b
         micro_batch=micro_batch,
         input_ids=tensor(input_ids),
         positions=tensor(positions),
+        request_keys=tensor(request_keys),
         slot_mapping=tensor(slots),
         num_positions=max(positions, default=-1) + 1,
         prefills=tuple(prefills),

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from common.errors import ControlError, RequestError, WorkerLost
-from common.exchange import RouterExchange, StepHeader
+from common.exchange import Extra, RouterExchange, RowOrigins, StepHeader
+from common.row_limits import RowLimits
 from router.batch import Batch, build_batch
-from router.messages import Lost, Rejected, Stats, Submit, Tokens, Tune, Tuned, TuneRefused
+from router.messages import Lost, ProposeTune, Rejected, Stats, Submit, Tokens, Tune, Tuned, TuneRefused
 from router.model.latent_cache import LatentCache
 from router.plan import Plan
 from router.sampler import Draw, sample
@@ -35,12 +36,14 @@ class Membership:
     """The expert workers of an epoch, as the engine sees them.
 
     Attributes:
+        ep_size: how many there are.
         step_times: per ep_rank [receive_s, compute_s, reply_s] of the last step.
         set_deadline_floor: give the workers another shortest time to answer from the next rows on.
     """
 
     epoch: int
     exchange: RouterExchange
+    ep_size: int
     step_times: Callable[[], list[list[float]]]
     set_deadline_floor: Callable[[float], None]
 
@@ -57,8 +60,8 @@ class Engine:
         vocab_size: int,
         device: torch.device,
         term: int,
-        ep_level: int,
-        micro_batches: int,
+        num_experts_per_tok: int,
+        tune: Tune,
         send: Callable[[object], None],
     ) -> None:
         self._model = model
@@ -67,10 +70,10 @@ class Engine:
         self._vocab_size = vocab_size
         self._device = device
         self._term = term
-        self._ep_level = ep_level
-        self._micro_batches = micro_batches
+        self._num_experts_per_tok = num_experts_per_tok
+        self._tune = tune
         self._send = send
-        self._proposed: Tune | None = None
+        self._proposed: ProposeTune | None = None
         self._deadline_floor_s: float | None = None
         self._membership: Membership | None = None
         self._epoch = 0
@@ -110,30 +113,30 @@ class Engine:
         except RequestError as error:
             self._send(Rejected(message.request_id, str(error)))
 
-    def tune(self, message: Tune) -> None:
+    def propose(self, message: ProposeTune) -> None:
         """Say whether the next steps can be run in another way. Nothing changes before `commit`."""
         reason = problem_of(message)
         self._proposed = None if reason else message
         self._send(TuneRefused(message.tune_id, reason) if reason else Tuned(message.tune_id))
 
     def commit(self, tune_id: int) -> None:
-        """Run steps as the last Tune said, from the next one on.
+        """Run steps as the last proposal said, from the next one on.
 
         Raises:
             ControlError: that is not what was agreed to.
         """
-        tune, self._proposed = self._proposed, None
-        if tune is None or tune.tune_id != tune_id:
-            raise ControlError(f"CommitTune {tune_id} follows no Tune of this id that was agreed to")
-        self._ep_level, self._micro_batches = tune.ep_level, tune.micro_batches
+        agreed, self._proposed = self._proposed, None
+        if agreed is None or agreed.tune_id != tune_id:
+            raise ControlError(f"CommitTune {tune_id} follows no proposal of this id that was agreed to")
+        self._tune = Tune(**agreed.tune)
         self._scheduler.limits = replace(
             self._scheduler.limits,
-            max_batch_size=tune.max_batch_size,
-            max_prefill_tokens=tune.max_prefill_tokens,
+            max_batch_size=agreed.max_batch_size,
+            max_prefill_tokens=agreed.max_prefill_tokens,
         )
-        self._deadline_floor_s = tune.deadline_floor_s
+        self._deadline_floor_s = agreed.deadline_floor_s
         if self._membership is not None:
-            self._membership.set_deadline_floor(tune.deadline_floor_s)
+            self._membership.set_deadline_floor(agreed.deadline_floor_s)
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free its blocks."""
@@ -177,34 +180,53 @@ class Engine:
             return
         self._is_reported = True
         self._stats_at = time.monotonic()
+        membership = self._membership
+        extra = membership.exchange.extra if membership is not None else Extra()
         self._send(
             Stats(
                 num_running=self._scheduler.num_running,
                 num_waiting=self._scheduler.num_waiting,
                 kv_blocks_used=self._scheduler.num_blocks_used,
                 num_steps=self._step_id,
-                epoch=self._epoch if self._membership is not None else 0,
-                workers=self._membership.step_times() if self._membership is not None else [],
+                epoch=self._epoch if membership is not None else 0,
+                extra_rounds=extra.rounds,
+                extra_passes=extra.passes,
+                workers=membership.step_times() if membership is not None else [],
             )
         )
 
     def _compute(self, plan: Plan, membership: Membership) -> Tensor:
         """Logits [B, V] of the sequences of the plan that sample."""
         self._step_id += 1
-        parts = plan.split(self._micro_batches)
+        parts = plan.split(self._tune.micro_batches)
         block_size = self._scheduler.limits.block_size
         batches = [build_batch(part, block_size, self._device, number) for number, part in enumerate(parts)]
-        membership.exchange.begin(
-            StepHeader(
-                self._term,
-                membership.epoch,
-                self._step_id,
-                self._ep_level,
-                num_tokens=max(part.num_tokens for part in parts),
-                micro_batches=len(parts),
-            )
-        )
+        header = self._header(membership, parts)
+        origins = [RowOrigins(batch.request_keys, batch.positions) for batch in batches]
+        membership.exchange.begin(header, origins)
         return self._model(batches, self._cache, membership.exchange)
+
+    def _header(self, membership: Membership, parts: tuple[Plan, ...]) -> StepHeader:
+        tune = self._tune
+        num_tokens = max(part.num_tokens for part in parts)
+        limits = RowLimits(
+            self._num_experts_per_tok,
+            membership.ep_size,
+            tuple((int(tokens), factor) for tokens, factor in tune.buffer_factors),
+            tune.cutoff_factor,
+            tune.cutoff_min_rows,
+        )
+        return StepHeader(
+            self._term,
+            membership.epoch,
+            self._step_id,
+            tune.ep_level,
+            num_tokens,
+            micro_batches=len(parts),
+            round_rows=limits.round_rows(num_tokens),
+            chunk_rows=tune.chunk_rows,
+            pass_rows=limits.pass_rows(num_tokens),
+        )
 
     def _report_tokens(self, settled: list[Settled], draws: list[Draw | None]) -> None:
         events = []

@@ -12,19 +12,25 @@ from pathlib import Path
 import torch
 
 from common import process_group
+from common.device import find_device
 from common.errors import ConfigError
 from common.exchange.loopback import LoopbackExchange
 from common.exchange.routing import RowShape
 from common.model_config import ModelConfig
-from router.connector import Connector, LinkAddress
+from common.timeline import Timeline
+from router.connector import Connector
 from router.engine import Engine, Membership
-from router.messages import Configure, LinkFailed, Loaded, Loading
+from router.joining import LinkAddress, RouterEnd
+from router.messages import Configure, LinkFailed, Loaded, Loading, Tune
 from router.model.latent_cache import LatentCache
 from router.model.loading import load_model, resolve_dtype
+from router.model.recording import record_modules
 from router.scheduler import Limits, Scheduler
 
 logger = logging.getLogger(__name__)
 
+MOST_SPANS = 100_000
+"""Spans a trace holds: what comes later is not recorded."""
 LOADING_INTERVAL_S = 0.2
 """Shortest time between two Loading messages."""
 
@@ -53,10 +59,16 @@ class LoadingProgress:
 
 @dataclass(frozen=True, slots=True)
 class LoadedEngine:
-    """An engine, and the way its links are made; None where the experts are in this process."""
+    """An engine, the way its links are made, and what it records.
+
+    Attributes:
+        connector: None where the experts are in this process.
+        timeline: None where nothing is recorded.
+    """
 
     engine: Engine
     connector: Connector | None
+    timeline: Timeline | None
 
 
 def load(
@@ -83,6 +95,9 @@ def load(
     address = _open_address(configure)
     progress = LoadingProgress(send)
     model = load_model(Path(configure.model_path), configure.dtype, configure.device, progress)
+    timeline = Timeline(MOST_SPANS) if configure.trace_file is not None else None
+    if timeline is not None:
+        record_modules(model, timeline)
     engine = Engine(
         model,
         LatentCache(config, limits.num_blocks, limits.block_size, dtype, device),
@@ -90,24 +105,18 @@ def load(
         vocab_size=config.vocab_size,
         device=device,
         term=configure.term,
-        ep_level=configure.ep_level,
-        micro_batches=configure.micro_batches,
+        num_experts_per_tok=config.num_experts_per_tok,
+        tune=Tune(**configure.tune),
         send=send,
     )
     shape = RowShape(config.hidden_size, config.num_experts_per_tok, dtype)
     connector = None
     if address is None:
         progress.begin_part()
-        engine.adopt(_experts_in_process(configure, config, shape, progress))
+        engine.adopt(_experts_in_process(configure, config, progress))
     else:
-        connector = Connector(
-            address,
-            shape,
-            term=configure.term,
-            floor_s=configure.deadline_floor_s,
-            ask_progress=ask_progress,
-            deliver=deliver,
-        )
+        end = RouterEnd(shape, configure.term, configure.deadline_floor_s, ask_progress, timeline)
+        connector = Connector(configure.exchange, address, end, deliver)
     send(
         Loaded(
             loaded_bytes=progress.loaded_bytes,
@@ -118,7 +127,7 @@ def load(
             store_port=address.store.port if address else 0,
         )
     )
-    return LoadedEngine(engine, connector)
+    return LoadedEngine(engine, connector, timeline)
 
 
 def size_cache(configure: Configure, max_position_embeddings: int, bytes_per_block: int) -> Limits:
@@ -157,15 +166,14 @@ def size_cache(configure: Configure, max_position_embeddings: int, bytes_per_blo
 def _open_address(configure: Configure) -> LinkAddress | None:
     if configure.experts_in_process:
         return None
-    return LinkAddress(process_group.open_store(configure.data_address), configure.data_address)
+    store = process_group.open_store(configure.data_address)
+    return LinkAddress(store, configure.data_address, find_device(configure.device).collective)
 
 
-def _experts_in_process(
-    configure: Configure, config: ModelConfig, shape: RowShape, progress: LoadingProgress
-) -> Membership:
+def _experts_in_process(configure: Configure, config: ModelConfig, progress: LoadingProgress) -> Membership:
     """Epoch 1 of a fleet that is this process: the one place where the two roles meet."""
     experts = {layer_id: tuple(range(config.n_routed_experts)) for layer_id in config.moe_layer_ids}
     open_experts = import_module("expert_worker.in_process").open_experts
     compute = open_experts(Path(configure.model_path), configure.dtype, configure.device, experts, progress)
     # Nobody is waited for here: there is no deadline to set.
-    return Membership(1, LoopbackExchange(compute, experts, shape), list, lambda _: None)
+    return Membership(1, LoopbackExchange(compute, experts), 1, list, lambda _: None)

@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -34,8 +35,8 @@ from router.messages import (
     Linked,
     LinkFailed,
     Progress,
+    ProposeTune,
     Submit,
-    Tune,
 )
 from router.progress_inquiry import ProgressInquiry
 
@@ -83,6 +84,8 @@ class EngineProcess:
             return self._fail(error)
         finally:
             loaded.engine.close()
+            if loaded.timeline is not None and first.trace_file is not None:
+                loaded.timeline.write(Path(first.trace_file))
 
     def _serve(self, loaded: LoadedEngine) -> None:
         engine = loaded.engine
@@ -101,8 +104,8 @@ class EngineProcess:
         match message:
             case Submit():
                 engine.submit(message)
-            case Tune():
-                engine.tune(message)
+            case ProposeTune():
+                engine.propose(message)
             case CommitTune():
                 engine.commit(message.tune_id)
             case Abort():

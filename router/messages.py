@@ -3,10 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from common.channel import Fatal, Shutdown, by_name
 
 # ---------------------------------------------------------------- front -> engine
+
+
+@dataclass(frozen=True, slots=True)
+class Tune:
+    """How steps exchange rows. It can change between two of them.
+
+    Attributes:
+        ep_level: 1 AllGather, 2 AllToAll.
+        micro_batches: parts a step is cut into; one computes here while the rows of another are away.
+        chunk_rows: most rows of one message at ep_level 2; 0 does not cut.
+        buffer_factors: [[tokens, factor], ...], see common.row_limits.
+        cutoff_factor: topk_scaling_factor where the cutoff is on, else None.
+        cutoff_min_rows: the cutoff never bounds fewer rows.
+    """
+
+    ep_level: int
+    micro_batches: int
+    chunk_rows: int
+    buffer_factors: list[list[float]]
+    cutoff_factor: float | None
+    cutoff_min_rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,10 +40,12 @@ class Configure:
         block_size: tokens per KV block.
         max_seq_len: most tokens of prompt and answer; None takes what the checkpoint and the cache allow.
         threads: torch threads; None leaves torch's default.
-        micro_batches: parts a step is cut into; one computes here while the rows of another are away.
+        tune: the fields of the Tune that holds from the first step on.
         data_address: address on which links to expert workers are agreed on.
+        exchange: how rows reach expert workers, "links" or "collective".
         experts_in_process: keep the routed experts in this process (loopback) instead of on expert workers.
         deadline_floor_s: shortest time an expert worker is given to answer.
+        trace_file: where the timeline of the first steps is written, or None.
     """
 
     model_path: str
@@ -33,12 +57,13 @@ class Configure:
     max_seq_len: int | None
     max_batch_size: int
     max_prefill_tokens: int
-    ep_level: int
-    micro_batches: int
+    tune: dict[str, Any]
     term: int
     data_address: str
+    exchange: str
     experts_in_process: bool
     deadline_floor_s: float
+    trace_file: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,19 +112,17 @@ class Submit:
 
 
 @dataclass(frozen=True, slots=True)
-class Tune:
+class ProposeTune:
     """Can the next steps be run like this? Answered by Tuned or TuneRefused. CommitTune does it.
 
     Attributes:
-        tune_id: what the answer and CommitTune call it; a later Tune takes the place of this one.
-        ep_level: 1 AllGather, 2 AllToAll.
-        micro_batches: parts a step is cut into.
+        tune_id: what the answer and CommitTune call it; a later proposal takes the place of this one.
+        tune: the fields of a Tune.
         max_batch_size, max_prefill_tokens, deadline_floor_s: as in Configure.
     """
 
     tune_id: int
-    ep_level: int
-    micro_batches: int
+    tune: dict[str, Any]
     max_batch_size: int
     max_prefill_tokens: int
     deadline_floor_s: float
@@ -107,7 +130,7 @@ class Tune:
 
 @dataclass(frozen=True, slots=True)
 class CommitTune:
-    """From the next step on, run steps as the Tune of this id said. What a step is doing is not disturbed."""
+    """From the next step on, run steps as the proposal of this id said; a step is not disturbed."""
 
     tune_id: int
 
@@ -234,6 +257,7 @@ class Stats:
     """Sent after a step, at most ten times a second, and when the engine becomes idle.
 
     Attributes:
+        extra_rounds, extra_passes: of the exchange in force, see common.exchange.Extra.
         workers: per ep_rank [receive_s, compute_s, reply_s] of the last step.
     """
 
@@ -242,10 +266,14 @@ class Stats:
     kv_blocks_used: int
     num_steps: int
     epoch: int
+    extra_rounds: int = 0
+    extra_passes: int = 0
     workers: list[list[float]] = field(default_factory=list)
 
 
-TO_ENGINE = by_name(Configure, Connect, Disconnect, Submit, Tune, CommitTune, Abort, Progress, Shutdown)
+TO_ENGINE = by_name(
+    Configure, Connect, Disconnect, Submit, ProposeTune, CommitTune, Abort, Progress, Shutdown
+)
 TO_FRONT = by_name(
     *(Loading, Loaded, Linked, LinkFailed, Tokens, Lost, Rejected, AskProgress, Stats, Tuned, TuneRefused),
     Fatal,

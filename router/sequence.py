@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from common.replica_choice import request_key
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -40,6 +42,7 @@ class Sequence:
         tokens: prompt and generated tokens.
         num_prompt_tokens: how many of `tokens` are the prompt.
         max_tokens: most tokens to generate.
+        request_key: what tells its rows from those of others where an expert has replicas.
         num_computed: leading tokens whose rows are in the cache.
         block_table: KV blocks in the order of positions.
     """
@@ -52,6 +55,10 @@ class Sequence:
     stop_token_ids: frozenset[int] = frozenset()
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
+    request_key: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.request_key = request_key(self.request_id)
 
     @property
     def num_generated(self) -> int:

@@ -60,7 +60,8 @@ class Oracle:
 
     def _norm(self, name: str, rows: Tensor, eps: float | None = None) -> Tensor:
         eps = self.config["rms_norm_eps"] if eps is None else eps
-        return rows / torch.sqrt(rows.pow(2).mean(-1, keepdim=True) + eps) * self.weights[name + ".weight"]
+        normed = rows / torch.sqrt(rows.pow(2).mean(-1, keepdim=True) + eps) * self.weights[name + ".weight"]
+        return normed + self.weights.get(name + ".bias", 0)
 
     def _swiglu(self, prefix: str, rows: Tensor) -> Tensor:
         gate = self._linear(prefix + "gate_proj", rows)

@@ -50,6 +50,8 @@ BANNED_WORDS = {
 }
 EMPTY_INITS = (
     "common",
+    "common/quantization",
+    "common/native",
     "expert_worker",
     "expertmesh",
     "expertmesh/cli",
@@ -80,6 +82,7 @@ TORCH_FREE = (
         "common/config_rules",
         "common/deepseek_section",
         "common/expertmesh_section",
+        "common/model_json",
         "common/mindie",
         "common/mindie_model",
         "common/mindie_tls",
@@ -87,6 +90,7 @@ TORCH_FREE = (
         "common/not_built",
         "common/placement",
         "common/section",
+        "common/quantization/description",
         "common/errors",
     ),
     *("common/channel", "common/child_process", "common/grpc_server", "common/interceptors", "common/logs"),
@@ -99,6 +103,7 @@ TORCH_FREE = (
         "common/topology",
         "common/topology_check",
     ),
+    *("common/lifeline", "common/native"),
 )
 EDGES = (
     *("expertmesh/", "router/front/", "router/__main__.py"),

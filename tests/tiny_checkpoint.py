@@ -120,7 +120,7 @@ def write_checkpoint(
         name: tensor if name.endswith("e_score_correction_bias") else tensor.to(dtype)
         for name, tensor in _tensors(config, mtp_layers, generator)
     }
-    _write_shards(directory, tensors, num_shards)
+    write_shards(directory, tensors, num_shards)
     if tokenizer or (tokenizer is None and config["vocab_size"] >= TOKENIZER_VOCAB_SIZE):
         copy_tokenizer(directory)
     return config
@@ -214,21 +214,22 @@ def _norm(size: int, generator: torch.Generator) -> Tensor:
     return 1 + 0.1 * torch.randn(size, generator=generator)
 
 
-def _write_shards(directory: Path, tensors: dict[str, Tensor], num_shards: int) -> None:
+def write_shards(directory: Path, tensors: dict[str, Tensor], num_shards: int, stem: str = "model") -> None:
+    """Write tensors to files named after `stem`, with an index where there are several."""
     metadata = {"format": "pt"}
     if num_shards == 1:
-        save_file(tensors, directory / "model.safetensors", metadata=metadata)
+        save_file(tensors, directory / f"{stem}.safetensors", metadata=metadata)
         return
     names = list(tensors)
     weight_map: dict[str, str] = {}
     for shard in range(num_shards):
-        file_name = f"model-{shard + 1:05d}-of-{num_shards:05d}.safetensors"
+        file_name = f"{stem}-{shard + 1:05d}-of-{num_shards:05d}.safetensors"
         part = names[shard * len(names) // num_shards : (shard + 1) * len(names) // num_shards]
         save_file({name: tensors[name] for name in part}, directory / file_name, metadata=metadata)
         weight_map |= dict.fromkeys(part, file_name)
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
-    _write_json(directory / "model.safetensors.index.json", index)
+    _write_json(directory / f"{stem}.safetensors.index.json", index)
 
 
 def _write_json(file: Path, value: object) -> None:

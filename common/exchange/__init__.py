@@ -9,6 +9,7 @@ Shapes: T tokens, K experts per token, R rows at an expert worker, D hidden_size
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -31,6 +32,9 @@ class StepHeader:
         ep_level: ALL_GATHER or ALL_TO_ALL.
         num_tokens: tokens of the router in this step, or in its largest micro-batch.
         micro_batches: parts the step is cut into; each layer is dispatched once per part.
+        round_rows: ALL_TO_ALL: most rows one worker's receive buffer holds; more take another round. 0: all.
+        chunk_rows: ALL_TO_ALL: most rows of one message, so that a worker computes while more arrive. 0: all.
+        pass_rows: ALL_GATHER: most rows a worker expands at once; more take another pass. 0: all.
     """
 
     term: int
@@ -39,6 +43,35 @@ class StepHeader:
     ep_level: int
     num_tokens: int
     micro_batches: int = 1
+    round_rows: int = 0
+    chunk_rows: int = 0
+    pass_rows: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RowOrigins:
+    """Whose rows a micro-batch holds: what chooses among the replicas of an expert, and nothing else.
+
+    Attributes:
+        request_keys: [T] int64, common.replica_choice.request_key of each row's request.
+        positions: [T] int64, the row's place in its sequence.
+    """
+
+    request_keys: Tensor
+    positions: Tensor
+
+
+@dataclass(slots=True)
+class Extra:
+    """What did not fit and was done all the same, since the exchange was made.
+
+    Attributes:
+        rounds: ALL_TO_ALL: messages beyond the first to one worker, because its buffer was full.
+        passes: ALL_GATHER: passes beyond the first of one worker, because of the bound on expanded rows.
+    """
+
+    rounds: int = 0
+    passes: int = 0
 
 
 @dataclass(slots=True)
@@ -88,8 +121,18 @@ class Received:
 class RouterExchange(Protocol):
     """The router's end."""
 
-    def begin(self, header: StepHeader) -> None:
-        """Announce a step on every link. Raises WorkerLost."""
+    extra: Extra
+
+    def begin(self, header: StepHeader, origins: Sequence[RowOrigins] = ()) -> None:
+        """Announce a step on every link.
+
+        Args:
+            header: what is the same for the whole step.
+            origins: of each micro-batch; without them the first replica of an expert serves every row.
+
+        Raises:
+            WorkerLost: a link failed while sending.
+        """
 
     def dispatch(
         self, layer_id: int, micro_batch: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor

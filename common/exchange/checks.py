@@ -29,7 +29,13 @@ def check_step(header: wire.Header, previous: StepHeader | None) -> StepHeader:
     if previous is not None and header.step_id <= previous.step_id:
         raise MessageError(f"step {header.step_id} came after step {previous.step_id}")
     return StepHeader(
-        header.term, header.epoch, header.step_id, header.ep_level, header.num_tokens, header.micro_batches
+        header.term,
+        header.epoch,
+        header.step_id,
+        header.ep_level,
+        header.num_tokens,
+        header.micro_batches,
+        pass_rows=header.pass_rows,
     )
 
 
@@ -43,10 +49,10 @@ def check_rows(header: wire.Header, step: StepHeader | None, experts: Mapping[in
         raise MessageError(f"{header.num_tokens} tokens came in a step of {step.num_tokens}")
 
 
-def check_topk_ids(topk_ids: Tensor) -> None:
-    """Refuse topk_ids [T, K] that cannot be indices; one that is too large lives on another worker."""
-    if topk_ids.numel() and int(topk_ids.min()) < 0:
-        raise MessageError(f"expert {int(topk_ids.min())} was chosen: indices begin at 0")
+def check_slot_keys(slot_keys: Tensor) -> None:
+    """Refuse slot keys [T, K] that belong to no worker."""
+    if slot_keys.numel() and int(slot_keys.min()) < 0:
+        raise MessageError(f"slot key {int(slot_keys.min())} was sent: keys begin at 0")
 
 
 def check_counts(counts: Tensor, num_rows: int) -> None:

@@ -20,23 +20,21 @@ from torch import Tensor
 from common.errors import ExchangeError, LinkError, MessageError
 from common.exchange import ALL_GATHER, Received, StepHeader, checks, wire
 from common.exchange import collective_message as message
+from common.exchange.arrival import Arrival
+from common.exchange.arrival_queue import ArrivalQueue
 from common.exchange.collective_group import CollectiveGroup, PendingCollective
-from common.exchange.received_queue import ReceivedQueue
-from common.exchange.routing import LocalRows, RowShape, expand_rows, local_table, partial_sum
+from common.exchange.routing import RowShape
+from common.exchange.token_passes import TokenPasses
 from common.process_group import release
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
-class _Arrival:
-    """What a reply needs to know about the rows it answers; `reply` once it was computed."""
+@dataclass(slots=True, eq=False)
+class _Arrival(Arrival):
+    """Rows, the router they came from, and the reply once it was computed."""
 
-    router: _Router
-    header: wire.Header
-    local: LocalRows | None
-    received_ns: int
-    compute_start_ns: int = 0
+    router: _Router | None = None
     reply: Tensor | None = None
 
 
@@ -51,7 +49,6 @@ class _Router:
     group: CollectiveGroup
     shape: RowShape
     experts: Mapping[int, tuple[int, ...]]
-    tables: dict[int, Tensor]
     step: StepHeader | None = None
     capacity: int = 0
     is_dropped: bool = False
@@ -66,7 +63,7 @@ class CollectiveExpertExchange:
     def __init__(self, on_closed: Callable[[int, int, str], None]) -> None:
         """Call `on_closed(term, epoch, reason)` from a receive thread when a group ended by itself."""
         self._on_closed = on_closed
-        self._arrivals = ReceivedQueue()
+        self._arrivals: ArrivalQueue[_Arrival] = ArrivalQueue()
         self._routers: list[_Router] = []
         self._lock = threading.Lock()
         self._count = 0
@@ -82,11 +79,10 @@ class CollectiveExpertExchange:
         experts: Mapping[int, tuple[int, ...]],
     ) -> None:
         """Receive on a group; an older epoch of the term goes on until this one's first step header."""
-        tables = {layer_id: local_table(own) for layer_id, own in experts.items()}
         with self._lock:
             if self._is_closed:
                 raise LinkError("the exchange is closed: no router can be added")
-            router = _Router(self._count, term, epoch, incarnation, group, shape, experts, tables)
+            router = _Router(self._count, term, epoch, incarnation, group, shape, experts)
             self._count += 1
             self._routers.append(router)
         threading.Thread(
@@ -99,18 +95,22 @@ class CollectiveExpertExchange:
 
     def receive(self, timeout_s: float | None = None) -> Received | None:
         """Wait for rows from any router; None when the time passed or the exchange was closed."""
-        received = self._arrivals.take(timeout_s, lambda one: not _arrival_of(one).router.is_dropped)
-        if received is not None:
-            _arrival_of(received).compute_start_ns = time.monotonic_ns()
-        return received
+        arrival = self._arrivals.take(timeout_s, lambda one: not _router_of(one).is_dropped)
+        return None if arrival is None else arrival.received(_router_of(arrival).number)
 
     def reply(self, output: Tensor, received: Received) -> None:
         """Send output [R, D] home once all rows that came before have been answered."""
-        arrival = _arrival_of(received)
-        if output.shape != received.rows.shape:
-            raise MessageError(f"output {tuple(output.shape)} must match rows {tuple(received.rows.shape)}")
-        reply = _pack_reply(arrival, output)
-        router = arrival.router
+        arrival = received.handle
+        if not isinstance(arrival, _Arrival):
+            raise MessageError("these rows were not received by this exchange")
+        num_words = message.reply_words(arrival.header, _router_of(arrival).shape)
+        body = arrival.take(output, received)
+        if body is None:
+            self._arrivals.put_back(arrival)
+            return
+        router = _router_of(arrival)
+        reply = torch.empty(num_words, dtype=torch.int64, device=router.group.device)
+        wire.pack(reply.view(torch.uint8), arrival.header, body)
         with router.lock:
             arrival.reply = reply
             try:
@@ -134,8 +134,8 @@ class CollectiveExpertExchange:
     def _receive_all(self, router: _Router) -> None:
         reason = ""
         try:
-            words = torch.empty(message.OPENING_WORDS, dtype=torch.int64, device=router.group.device)
-            router.group.dispatch.broadcast(words).wait()  # an idle router costs nothing: no deadline here
+            words = torch.empty(message.OPENING_WORDS, dtype=torch.int64)
+            router.group.metadata.broadcast(words).wait()  # an idle router costs nothing: no deadline here
             most_local = message.check_opening(words, router.experts)
             while not router.is_dropped:
                 self._receive_one(router, message.metadata_words(most_local))
@@ -150,8 +150,8 @@ class CollectiveExpertExchange:
             self._on_closed(router.term, router.epoch, reason)
 
     def _receive_one(self, router: _Router, num_words: int) -> None:
-        words = torch.empty(num_words, dtype=torch.int64, device=router.group.device)
-        router.group.dispatch.receive(words).wait()
+        words = torch.empty(num_words, dtype=torch.int64)
+        router.group.metadata.receive(words).wait()
         if router.is_dropped:
             return
         _forget_sent(router)
@@ -160,10 +160,10 @@ class CollectiveExpertExchange:
         if header.kind == wire.STEP:
             self._begin(router, header)
         elif header.kind == wire.ROWS:
-            received = _receive_body(router, header, counts)
+            arrival = _receive_body(router, header, counts)
             with router.lock:
-                router.unanswered.append(_arrival_of(received))
-            self._arrivals.put(received)
+                router.unanswered.append(arrival)
+            self._arrivals.put(arrival)
         else:
             raise MessageError(f"the router ended the group (message kind {header.kind})")
 
@@ -174,58 +174,29 @@ class CollectiveExpertExchange:
         router.step, router.capacity = step, header.capacity_bytes
 
 
-def _arrival_of(received: Received) -> _Arrival:
-    if not isinstance(received.handle, _Arrival):
-        raise MessageError("these rows were not received by this exchange")
-    return received.handle
+def _router_of(arrival: _Arrival) -> _Router:
+    if arrival.router is None:
+        raise MessageError("rows without a router")
+    return arrival.router
 
 
-def _receive_body(router: _Router, header: wire.Header, counts: Tensor) -> Received:
-    shape, device = router.shape, router.group.device
-    checks.check_rows(header, router.step, router.experts)
+def _receive_body(router: _Router, header: wire.Header, counts: Tensor) -> _Arrival:
+    shape, device, step = router.shape, router.group.device, router.step
+    checks.check_rows(header, step, router.experts)
     num_local = len(router.experts[header.layer_id])
     message.check_body(header, counts, num_local, shape, router.capacity)
-    local: LocalRows | None = None
-    if header.ep_level == ALL_GATHER:
-        body = torch.empty(header.capacity_bytes, dtype=torch.uint8, device=device)
-        router.group.dispatch.broadcast(body).wait()
-        received_ns = time.monotonic_ns()
-        ids, weights, hidden = message.unpack_tokens(body, header.num_tokens, shape)
-        checks.check_topk_ids(ids)
-        local = expand_rows(hidden, ids, weights, router.tables[header.layer_id], num_local)
-        rows, counts = local.rows, local.tokens_per_expert
-    else:
+    if header.ep_level != ALL_GATHER:
         rows = torch.empty(header.num_rows, shape.hidden_size, dtype=shape.dtype, device=device)
         router.group.dispatch.receive(rows).wait()
-        received_ns = time.monotonic_ns()
-        counts = counts[:num_local]
-    return Received(
-        router.number,
-        router.term,
-        router.epoch,
-        header.step_id,
-        header.layer_id,
-        header.micro_batch,
-        header.round,
-        rows,
-        counts,
-        _Arrival(router, header, local, received_ns),
-    )
-
-
-def _pack_reply(arrival: _Arrival, output: Tensor) -> Tensor:
-    router, header = arrival.router, arrival.header
-    compute_end_ns = time.monotonic_ns()
-    body = output.to(router.shape.dtype)
-    if arrival.local is not None:
-        body = partial_sum(body, arrival.local)
-    words = message.reply_words(header, router.shape)
-    header.kind = wire.REPLY
-    header.received_ns, header.compute_start_ns = arrival.received_ns, arrival.compute_start_ns
-    header.compute_end_ns = compute_end_ns
-    reply = torch.empty(words, dtype=torch.int64, device=router.group.device)
-    wire.pack(reply.view(torch.uint8), header, body)
-    return reply
+        return _Arrival(header, rows, counts[:num_local], None, time.monotonic_ns(), router=router)
+    body = torch.empty(header.capacity_bytes, dtype=torch.uint8, device=device)
+    router.group.dispatch.broadcast(body).wait()
+    received_ns = time.monotonic_ns()
+    keys, weights, hidden_states = message.unpack_tokens(body, header.num_tokens, shape)
+    checks.check_slot_keys(keys)
+    pass_rows = step.pass_rows if step is not None else 0
+    passes = TokenPasses(hidden_states, keys, weights, header.first_key, num_local, pass_rows)
+    return _Arrival(header, None, None, passes, received_ns, router=router)
 
 
 def _send_answered(router: _Router) -> None:

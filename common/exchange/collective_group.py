@@ -128,27 +128,33 @@ class Lane:
         return group
 
 
+@dataclass(frozen=True, slots=True)
 class CollectiveGroup:
-    """The two lanes of an epoch, on the device their tensors must be on.
+    """The lanes of an epoch.
 
-    Two, because a worker's receive thread waits in the next dispatch while its computing thread replies.
+    Attributes:
+        metadata: always Gloo, so that an idle worker waits on its host and no device spins.
+        dispatch: rows to the workers.
+        combine: replies; a lane of its own because a worker takes the next rows while it computes a reply.
+        size: ranks of every lane.
+        device: where the tensors of dispatch and combine must be; those of metadata are on the CPU.
     """
 
-    def __init__(self, dispatch: Lane, combine: Lane, size: int, device: torch.device) -> None:
-        self.dispatch = dispatch
-        self.combine = combine
-        self.size = size
-        self.device = device
+    metadata: Lane
+    dispatch: Lane
+    combine: Lane
+    size: int
+    device: torch.device
 
     def limit(self, timeout_s: float) -> None:
-        """Let every later collective of both lanes fail after this time."""
-        for lane in (self.dispatch, self.combine):
+        """Let every later collective fail after this time."""
+        for lane in (self.metadata, self.dispatch, self.combine):
             lane.limit(timedelta(seconds=timeout_s))
 
     def close(self) -> None:
-        """Drop both lanes; never blocks."""
-        self.dispatch.close()
-        self.combine.close()
+        """Drop all lanes; never blocks."""
+        for lane in (self.metadata, self.dispatch, self.combine):
+            lane.close()
 
 
 class _Opener(Protocol):
@@ -223,22 +229,19 @@ def join_group(
         KeyError: a backend of another name.
     """
     deadline = time.monotonic() + timeout_s
-    kind = _BACKENDS[backend]
-    device = torch.device(kind.device)
-    lanes: list[Lane] = []
+    rows, lanes = _BACKENDS[backend], list[Lane]()
 
     def left() -> timedelta:
         return timedelta(seconds=max(deadline - time.monotonic(), LEAST_WAIT_S))
 
     try:
         store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=left())
-        for name in ("dispatch", "combine"):
+        for name, kind in (("metadata", _BACKENDS["gloo"]), ("dispatch", rows), ("combine", rows)):
             scoped = dist.PrefixStore(f"{prefix}/{name}", store)
-            group = kind.open(scoped, rank, size, left(), data_address)
-            lanes.append(Lane(group, size, kind.waits_on_host))
-        for lane in lanes:
+            lane = Lane(kind.open(scoped, rank, size, left(), data_address), size, kind.waits_on_host)
+            lanes.append(lane)
             lane.limit(left())
-            _meet(lane, rank, size, device)
+            _meet(lane, rank, size, kind.device)
             lane.limit(IDLE)
         if rank == 0:
             delete_keys(store, prefix)
@@ -250,10 +253,11 @@ def join_group(
             f"{timeout_s:.1f} s: {first_line(error)}"
         ) from error
     calm_loop_threads()
-    return CollectiveGroup(lanes[0], lanes[1], size, device)
+    metadata, dispatch, combine = lanes
+    return CollectiveGroup(metadata, dispatch, combine, size, torch.device(rows.device))
 
 
-def _meet(lane: Lane, rank: int, size: int, device: torch.device) -> None:
+def _meet(lane: Lane, rank: int, size: int, device: str) -> None:
     # Once rank 0 has heard from everybody, nobody needs the store any more. NCCL connects only here.
     words = torch.zeros(size - 1 if rank == 0 else 1, dtype=torch.int64, device=device)
     met = lane.send(words) if rank else lane.gather(words, [1] * (size - 1))

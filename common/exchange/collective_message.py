@@ -53,7 +53,7 @@ def pack_metadata(header: wire.Header, counts: Tensor | None, most_local: int) -
 
 def unpack_metadata(words: Tensor) -> tuple[wire.Header, Tensor]:
     """The header, and rows per expert [M]. Raises MessageError."""
-    buffer = words.cpu().view(torch.uint8)
+    buffer = words.view(torch.uint8)
     header = wire.unpack_header(buffer)
     (counts,) = wire.unpack(buffer, header, ((words.numel() - wire.HEADER_WORDS,), torch.int64))
     return header, counts
@@ -61,27 +61,26 @@ def unpack_metadata(words: Tensor) -> tuple[wire.Header, Tensor]:
 
 def body_bytes(ep_level: int, num_tokens: int, num_rows: int, shape: RowShape) -> int:
     """Length of what a worker takes after the metadata: all tokens at level 1, its rows at level 2."""
-    row_bytes = shape.hidden_size * shape.dtype.itemsize
     if ep_level == ALL_GATHER:
-        return num_tokens * (12 * shape.num_experts_per_tok + row_bytes)
-    return num_rows * row_bytes
+        return num_tokens * (12 * shape.num_experts_per_tok + shape.row_bytes)
+    return num_rows * shape.row_bytes
 
 
-def pack_tokens(topk_ids: Tensor, topk_weights: Tensor, hidden_states: Tensor, shape: RowShape) -> Tensor:
-    """The body at level 1: ids [T, K], weights [T, K] and rows [T, D] in one flat uint8 tensor."""
+def pack_tokens(slot_keys: Tensor, topk_weights: Tensor, hidden_states: Tensor, shape: RowShape) -> Tensor:
+    """The body at level 1: slot keys [T, K], weights [T, K] and rows [T, D] in one flat uint8 tensor."""
     length = body_bytes(ALL_GATHER, hidden_states.shape[0], 0, shape)
     buffer = torch.empty(length, dtype=torch.uint8, device=hidden_states.device)
-    wire.write_arrays(buffer, topk_ids, topk_weights, hidden_states)
+    wire.write_arrays(buffer, slot_keys, topk_weights, hidden_states)
     return buffer
 
 
 def unpack_tokens(buffer: Tensor, num_tokens: int, shape: RowShape) -> tuple[Tensor, Tensor, Tensor]:
-    """What pack_tokens packed: ids [T, K] int64, weights [T, K] float32, rows [T, D]."""
+    """What pack_tokens packed: slot keys [T, K] int64, weights [T, K] float32, rows [T, D]."""
     slots = (num_tokens, shape.num_experts_per_tok)
-    ids, weights, rows = wire.view_arrays(
+    keys, weights, rows = wire.view_arrays(
         buffer, (slots, torch.int64), (slots, torch.float32), ((num_tokens, shape.hidden_size), shape.dtype)
     )
-    return ids, weights, rows
+    return keys, weights, rows
 
 
 def check_body(header: wire.Header, counts: Tensor, num_local: int, shape: RowShape, limit: int) -> None:

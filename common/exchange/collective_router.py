@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from common.errors import LinkError, MessageError, WorkerLost
-from common.exchange import ALL_GATHER, Dispatched, StepHeader, wire
+from common.exchange import ALL_GATHER, Dispatched, Extra, RowOrigins, StepHeader, wire
 from common.exchange import collective_message as message
 from common.exchange.collective_group import CollectiveGroup, PendingCollective
 from common.exchange.deadline import CEILING_S, Deadline
 from common.exchange.rounds import cut_rounds
-from common.exchange.routing import RowShape, SortedRows, layer_table, sort_rows, weighted_sum
+from common.exchange.routing import RowShape, SortedRows, sort_rows, sum_partials, weighted_sum
 from common.exchange.silent_worker import Verdict, inquire
+from common.exchange.slot_tables import SlotTables, buffer_rows, count_extra_rounds, message_rows
 from common.placement import Placement
 from common.process_group import release
 from common.timeline import Timeline
@@ -85,7 +86,7 @@ Arrival = tuple[LinkError | None, int]
 class CollectiveRouterExchange:
     """A RouterExchange over a group. After a WorkerLost it is closed and of no further use."""
 
-    def __init__(  # noqa: PLR0913, PLR0917 - the order is that of the links
+    def __init__(
         self,
         group: CollectiveGroup,
         names: Sequence[str],
@@ -96,9 +97,8 @@ class CollectiveRouterExchange:
         floor_s: float,
         ask_progress: Callable[[int], int | None] | None,
         timeline: Timeline | None = None,
-        capacity_rows: Callable[[int], int] | None = None,
     ) -> None:
-        """Take over the group; `capacity_rows(num_tokens)` bounds the rows of one worker in one round.
+        """Take over the group.
 
         Raises:
             LinkError: the group does not have the size of the placement, or failed already.
@@ -108,13 +108,13 @@ class CollectiveRouterExchange:
                 f"a group of {group.size} ranks cannot serve {placement.ep_size} workers: it needs one more"
             )
         self._group, self._names, self._incarnations = group, list(names), list(incarnations)
-        self._tables = {layer_id: layer_table(owners) for layer_id, owners in placement.layers.items()}
-        self._most_local = max((table.most_local for table in self._tables.values()), default=1)
+        self._slots = SlotTables(placement)
+        self._most_local = self._slots.most_local
         self._shape, self._term = shape, term
         self._ask_progress, self._timeline = ask_progress, timeline
-        self._capacity_rows = capacity_rows or (lambda num_tokens: num_tokens * shape.num_experts_per_tok)
+        self.extra = Extra()
         self._step: StepHeader | None = None
-        self._round_rows = 1
+        self._message_rows = 1
         self._requests: deque[_Request] = deque()
         self._sends: deque[PendingCollective] = deque()
         self._waits: SimpleQueue[PendingCollective | None] = SimpleQueue()
@@ -123,26 +123,27 @@ class CollectiveRouterExchange:
         self._times = [[0.0, 0.0, 0.0] for _ in names]
         self._is_closed = False
         group.limit(LIMIT_S)
-        opening = message.opening(self._most_local).to(group.device)
-        self._sends.append(group.dispatch.broadcast(opening))
+        self._sends.append(group.metadata.broadcast(message.opening(self._most_local)))
         threading.Thread(
             target=_wait_all, args=(self._waits, self._arrivals), name="replies", daemon=True
         ).start()
 
-    def begin(self, header: StepHeader) -> None:
+    def begin(self, header: StepHeader, origins: Sequence[RowOrigins] = ()) -> None:
         """Announce a step to every worker. Raises WorkerLost."""
         self._check_open()
         if header.term != self._term:
             raise MessageError(f"a step of term {header.term} cannot use a group of term {self._term}")
         self._step = header
-        tokens = wire.size_class(header.num_tokens)
-        self._round_rows = max(self._capacity_rows(tokens), 1)
-        most_rows = min(self._round_rows, tokens * self._shape.num_experts_per_tok)
+        self._slots.begin(origins)
+        top_k, tokens = self._shape.num_experts_per_tok, wire.size_class(header.num_tokens)
+        self._message_rows = message_rows(header, top_k)
+        most_rows = buffer_rows(header, top_k)
         capacity = wire.HEADER_BYTES + message.body_bytes(header.ep_level, tokens, most_rows, self._shape)
         self._times = [[0.0, 0.0, 0.0] for _ in self._names]
         headers = [self._header(wire.STEP, ep_rank, header) for ep_rank in range(len(self._names))]
         for one in headers:
             one.capacity_bytes, one.micro_batches = capacity, header.micro_batches
+            one.pass_rows = header.pass_rows
         try:
             self._send_metadata(headers, None)
         except LinkError as error:
@@ -160,10 +161,11 @@ class CollectiveRouterExchange:
         num_tokens = hidden_states.shape[0]
         flight = _InFlight(layer_id, micro_batch, num_tokens, topk_weights, hidden_states[:0])
         try:
+            keys = self._slots.place(layer_id, micro_batch, topk_ids)
             if step.ep_level == ALL_GATHER and num_tokens:
-                self._dispatch_tokens(step, flight, hidden_states, topk_ids)
+                self._dispatch_tokens(step, flight, hidden_states, keys)
             elif num_tokens:
-                self._dispatch_rows(step, flight, hidden_states, topk_ids)
+                self._dispatch_rows(step, flight, hidden_states, keys)
         except LinkError as error:
             raise self._broken(error, "dispatch", layer_id) from error
         self._record("dispatch", start_ns, layer_id)
@@ -183,17 +185,19 @@ class CollectiveRouterExchange:
         self._record("wait", start_ns, dispatched.layer_id)
         start_ns = time.monotonic_ns()
         if dispatched.sorted_rows is not None:
-            total = weighted_sum(
+            combined = weighted_sum(
                 dispatched.output, dispatched.sorted_rows.position_of, dispatched.topk_weights
             )
-        else:
-            shape = (dispatched.num_tokens, self._shape.hidden_size)
-            total = torch.zeros(shape, dtype=torch.float64, device=dispatched.output.device)
-            for partial in dispatched.partials:
-                total += partial
-        combined = total.float()
+        elif dispatched.partials:
+            combined = sum_partials(dispatched.partials)
+        else:  # no tokens, so that nobody was asked
+            combined = torch.zeros(dispatched.num_tokens, self._shape.hidden_size)
         self._record("combine", start_ns, dispatched.layer_id)
         return combined
+
+    def set_deadline_floor(self, floor_s: float) -> None:
+        """Give the workers another shortest time to answer, from the next rows on."""
+        self._deadline.floor_s = floor_s
 
     def last_step_times(self) -> list[list[float]]:
         """Per ep_rank, seconds of the last step: [receive, compute, reply]."""
@@ -216,24 +220,26 @@ class CollectiveRouterExchange:
         return headers
 
     def _dispatch_tokens(
-        self, step: StepHeader, flight: _InFlight, hidden_states: Tensor, topk_ids: Tensor
+        self, step: StepHeader, flight: _InFlight, hidden_states: Tensor, slot_keys: Tensor
     ) -> None:
         headers = self._rows_headers(step, flight)
-        body = message.pack_tokens(topk_ids, flight.topk_weights, hidden_states, self._shape)
-        for header in headers:
-            header.capacity_bytes = body.numel()
+        most_local = self._slots.table(flight.layer_id).most_local
+        body = message.pack_tokens(slot_keys, flight.topk_weights, hidden_states, self._shape)
+        for ep_rank, header in enumerate(headers):
+            header.capacity_bytes, header.first_key = body.numel(), ep_rank * most_local
         self._send_metadata(headers, None)
         self._sends.append(self._group.dispatch.broadcast(body.to(self._group.device)))
         self._expect(flight, headers, [])
 
     def _dispatch_rows(
-        self, step: StepHeader, flight: _InFlight, hidden_states: Tensor, topk_ids: Tensor
+        self, step: StepHeader, flight: _InFlight, hidden_states: Tensor, slot_keys: Tensor
     ) -> None:
-        table = self._tables[flight.layer_id]
-        sorted_rows = sort_rows(topk_ids, table)
+        table = self._slots.table(flight.layer_id)
+        sorted_rows = sort_rows(slot_keys, table)
+        count_extra_rounds(self.extra, step, sorted_rows)
         rows = hidden_states[sorted_rows.token_of].to(self._group.device)
         flight.sorted_rows, flight.output = sorted_rows, torch.empty_like(rows)
-        rounds = cut_rounds(sorted_rows, self._round_rows)
+        rounds = cut_rounds(sorted_rows, self._message_rows)
         for index, one in enumerate(rounds):
             splits = [end - begin for begin, end in one.parts]
             headers = self._rows_headers(step, flight)
@@ -253,8 +259,7 @@ class CollectiveRouterExchange:
             message.pack_metadata(header, None if counts is None else counts[ep_rank], self._most_local)
             for ep_rank, header in enumerate(headers)
         ]
-        words = torch.cat(each).to(self._group.device)
-        self._sends.append(self._group.dispatch.scatter(words, [part.numel() for part in each]))
+        self._sends.append(self._group.metadata.scatter(torch.cat(each), [part.numel() for part in each]))
 
     def _expect(self, flight: _InFlight, headers: list[wire.Header], begins: list[int]) -> None:
         words = [message.reply_words(header, self._shape) for header in headers]
@@ -295,6 +300,7 @@ class CollectiveRouterExchange:
             raise MessageError(f"no reply was expected that looks like {header}")
         shape = (sent.num_rows, self._shape.hidden_size)
         if flight.sorted_rows is None:
+            self.extra.passes += header.rounds - 1
             flight.partials.extend(wire.unpack(buffer, header, (shape, torch.float64)))
         else:
             begin = request.begins[ep_rank]
@@ -381,8 +387,8 @@ def _wait_all(waits: SimpleQueue[PendingCollective | None], arrivals: SimpleQueu
 def _leave(group: CollectiveGroup, goodbye: list[Tensor] | None) -> None:
     try:
         if goodbye is not None:
-            words = torch.cat(goodbye).to(group.device)
-            group.dispatch.scatter(words, [part.numel() for part in goodbye]).wait(GOODBYE_S)
+            splits = [part.numel() for part in goodbye]
+            group.metadata.scatter(torch.cat(goodbye), splits).wait(GOODBYE_S)
     except LinkError as error:
         logger.debug("no goodbye: %s", error)
     group.close()

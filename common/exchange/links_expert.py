@@ -17,13 +17,17 @@ from torch import Tensor
 
 from common.errors import ExchangeError, LinkError, MessageError
 from common.exchange import ALL_GATHER, Received, StepHeader, checks, wire
-from common.exchange.received_queue import ReceivedQueue
-from common.exchange.routing import LocalRows, RowShape, expand_rows, local_table, partial_sum
+from common.exchange.arrival import Arrival
+from common.exchange.arrival_queue import ArrivalQueue
+from common.exchange.routing import RowShape
+from common.exchange.token_passes import TokenPasses
 from common.process_group import PairLink, PendingTransfer, release
 
 logger = logging.getLogger(__name__)
 
 GOODBYE_S = 1.0
+MOST_FREE = 4
+"""Receive buffers of one size class that a link keeps; pages nobody wrote to take no memory."""
 
 
 @dataclass(slots=True)
@@ -37,25 +41,20 @@ class _Router:
     link: PairLink
     shape: RowShape
     experts: Mapping[int, tuple[int, ...]]
-    tables: dict[int, Tensor]
     step: StepHeader | None = None
     capacity: int = wire.HEADER_BYTES
     is_dropped: bool = False
     replies: list[PendingTransfer] = field(default_factory=list)
-    free: list[Tensor] = field(default_factory=list)
+    free: dict[int, list[Tensor]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-@dataclass(slots=True)
-class _Arrival:
-    """What a reply needs to know about the message it answers."""
+@dataclass(slots=True, eq=False)
+class _Arrival(Arrival):
+    """Rows, the router they came from, and the buffer they lie in."""
 
-    router: _Router
-    header: wire.Header
-    buffer: Tensor
-    local: LocalRows | None
-    received_ns: int
-    compute_start_ns: int = 0
+    router: _Router | None = None
+    buffer: Tensor | None = None
 
 
 class LinksExpertExchange:
@@ -64,7 +63,7 @@ class LinksExpertExchange:
     def __init__(self, on_closed: Callable[[int, int, str], None]) -> None:
         """Call `on_closed(term, epoch, reason)` from a receive thread when a link ended by itself."""
         self._on_closed = on_closed
-        self._arrivals = ReceivedQueue()
+        self._arrivals: ArrivalQueue[_Arrival] = ArrivalQueue()
         self._routers: list[_Router] = []
         self._lock = threading.Lock()
         self._count = 0
@@ -80,11 +79,10 @@ class LinksExpertExchange:
         experts: Mapping[int, tuple[int, ...]],
     ) -> None:
         """Receive on a link; an older epoch of the term goes on until this one's first step header."""
-        tables = {layer_id: local_table(own) for layer_id, own in experts.items()}
         with self._lock:
             if self._is_closed:
                 raise LinkError("the exchange is closed: no router can be added")
-            router = _Router(self._count, term, epoch, incarnation, link, shape, experts, tables)
+            router = _Router(self._count, term, epoch, incarnation, link, shape, experts)
             self._count += 1
             self._routers.append(router)
         threading.Thread(
@@ -97,26 +95,21 @@ class LinksExpertExchange:
 
     def receive(self, timeout_s: float | None = None) -> Received | None:
         """Wait for rows from any router; None when the time passed or the exchange was closed."""
-        received = self._arrivals.take(timeout_s, lambda one: not _arrival_of(one).router.is_dropped)
-        if received is not None:
-            _arrival_of(received).compute_start_ns = time.monotonic_ns()
-        return received
+        arrival = self._arrivals.take(timeout_s, lambda one: not _router_of(one).is_dropped)
+        return None if arrival is None else arrival.received(_router_of(arrival).number)
 
     def reply(self, output: Tensor, received: Received) -> None:
         """Send output [R, D] home; a link that fails meanwhile is dropped, which the caller need not know."""
-        arrival = _arrival_of(received)
-        router, header = arrival.router, arrival.header
-        if output.shape != received.rows.shape:
-            raise MessageError(f"output {tuple(output.shape)} must match rows {tuple(received.rows.shape)}")
-        compute_end_ns = time.monotonic_ns()
-        body = output.to(router.shape.dtype)
-        if arrival.local is not None:
-            body = partial_sum(body, arrival.local)
-        header.kind = wire.REPLY
-        header.received_ns, header.compute_start_ns = arrival.received_ns, arrival.compute_start_ns
-        header.compute_end_ns = compute_end_ns
+        arrival = received.handle
+        if not isinstance(arrival, _Arrival):
+            raise MessageError("these rows were not received by this exchange")
+        body = arrival.take(output, received)
+        if body is None:
+            self._arrivals.put_back(arrival)
+            return
+        router = _router_of(arrival)
         buffer = torch.empty(wire.total_bytes(body), dtype=torch.uint8)
-        message = wire.pack(buffer, header, body)
+        message = wire.pack(buffer, arrival.header, body)
         with router.lock:
             if router.is_dropped:
                 return
@@ -124,8 +117,7 @@ class LinksExpertExchange:
                 router.replies.append(router.link.post_send(message))
             except LinkError:
                 return  # the receive thread sees the same failure and reports it
-            if arrival.buffer.numel() == router.capacity:
-                router.free.append(arrival.buffer)
+            _give_back(router, arrival.buffer)
 
     def close(self) -> None:
         """Drop every link and wake the thread in `receive`."""
@@ -156,8 +148,7 @@ class LinksExpertExchange:
             self._on_closed(router.term, router.epoch, reason)
 
     def _receive_one(self, router: _Router) -> None:
-        with router.lock:
-            buffer = router.free.pop() if router.free else torch.empty(router.capacity, dtype=torch.uint8)
+        buffer = _take_buffer(router)
         router.link.recv(buffer, None)  # an idle router costs nothing: no deadline here
         received_ns = time.monotonic_ns()
         with router.lock:
@@ -177,54 +168,47 @@ class LinksExpertExchange:
         step = checks.check_step(header, router.step)
         if router.step is None:  # the first header commits the epoch
             self._drop_all(lambda other: other.term == router.term and other.epoch < router.epoch)
-        router.step = step
-        with router.lock:
-            if router.capacity != header.capacity_bytes:
-                router.capacity = header.capacity_bytes
-                router.free.clear()
+        router.step, router.capacity = step, header.capacity_bytes
 
 
-def _arrival_of(received: Received) -> _Arrival:
-    if not isinstance(received.handle, _Arrival):
-        raise MessageError("these rows were not received by this exchange")
-    return received.handle
+def _router_of(arrival: _Arrival) -> _Router:
+    if arrival.router is None:
+        raise MessageError("rows without a router")
+    return arrival.router
 
 
-def _rows_of(router: _Router, header: wire.Header, buffer: Tensor, received_ns: int) -> Received:
-    shape = router.shape
-    checks.check_rows(header, router.step, router.experts)
+def _take_buffer(router: _Router) -> Tensor:
+    """A receive buffer of the step's size class: made once, then used again."""
+    with router.lock:
+        free = router.free.get(router.capacity)
+        return free.pop() if free else torch.empty(router.capacity, dtype=torch.uint8)
+
+
+def _give_back(router: _Router, buffer: Tensor | None) -> None:
+    if buffer is not None:
+        free = router.free.setdefault(buffer.numel(), [])
+        if len(free) < MOST_FREE:
+            free.append(buffer)
+
+
+def _rows_of(router: _Router, header: wire.Header, buffer: Tensor, received_ns: int) -> _Arrival:
+    shape, step = router.shape, router.step
+    checks.check_rows(header, step, router.experts)
     num_local = len(router.experts[header.layer_id])
-    local: LocalRows | None = None
-    if header.ep_level == ALL_GATHER:
-        slots = (header.num_tokens, shape.num_experts_per_tok)
-        layout = ((slots, torch.int64), (slots, torch.float32))
-        ids, weights, hidden = wire.unpack(
-            buffer, header, *layout, ((header.num_tokens, shape.hidden_size), shape.dtype)
-        )
-        checks.check_topk_ids(ids)
-        local = expand_rows(hidden, ids, weights, router.tables[header.layer_id], num_local)
-        rows, counts = local.rows, local.tokens_per_expert
-    else:
-        counts, rows = wire.unpack(
-            buffer,
-            header,
-            ((num_local,), torch.int64),
-            ((header.num_rows, shape.hidden_size), shape.dtype),
-        )
+    if header.ep_level != ALL_GATHER:
+        layout = (((num_local,), torch.int64), ((header.num_rows, shape.hidden_size), shape.dtype))
+        counts, rows = wire.unpack(buffer, header, *layout)
         checks.check_counts(counts, header.num_rows)
-    arrival = _Arrival(router, header, buffer, local, received_ns)
-    return Received(
-        router.number,
-        router.term,
-        router.epoch,
-        header.step_id,
-        header.layer_id,
-        header.micro_batch,
-        header.round,
-        rows,
-        counts,
-        arrival,
+        return _Arrival(header, rows, counts, None, received_ns, router=router, buffer=buffer)
+    slots = (header.num_tokens, shape.num_experts_per_tok)
+    hidden_shape = (header.num_tokens, shape.hidden_size)
+    keys, weights, hidden_states = wire.unpack(
+        buffer, header, (slots, torch.int64), (slots, torch.float32), (hidden_shape, shape.dtype)
     )
+    checks.check_slot_keys(keys)
+    pass_rows = step.pass_rows if step is not None else 0
+    passes = TokenPasses(hidden_states, keys, weights, header.first_key, num_local, pass_rows)
+    return _Arrival(header, None, None, passes, received_ns, router=router, buffer=buffer)
 
 
 def _drop(router: _Router, says_goodbye: bool) -> None:

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from common.errors import LinkError, MessageError, WorkerLost
-from common.exchange import ALL_GATHER, Dispatched, StepHeader, wire
+from common.exchange import ALL_GATHER, Dispatched, Extra, RowOrigins, StepHeader, wire
 from common.exchange.deadline import CEILING_S, Deadline
 from common.exchange.links_expert import say_goodbye
-from common.exchange.routing import RowShape, SortedRows, layer_table, sort_rows, weighted_sum
+from common.exchange.routing import RowShape, SortedRows, sort_rows, sum_partials, weighted_sum
+from common.exchange.slot_tables import SlotTables, buffer_rows, count_extra_rounds, message_rows
 from common.placement import Placement
 from common.process_group import PairLink, PendingTransfer, release
 from common.timeline import Timeline
@@ -75,7 +76,7 @@ Arrival = tuple[int, Tensor | LinkError, int]
 class LinksRouterExchange:
     """A RouterExchange over pair links. After a WorkerLost it is closed and of no further use."""
 
-    def __init__(  # noqa: PLR0913, PLR0917 - the order is a contract with the connector
+    def __init__(
         self,
         links: Sequence[PairLink],
         names: Sequence[str],
@@ -86,19 +87,18 @@ class LinksRouterExchange:
         floor_s: float,
         ask_progress: Callable[[int], int | None] | None,
         timeline: Timeline | None = None,
-        capacity_rows: Callable[[int], int] | None = None,
     ) -> None:
-        """Take over the links, in ep_rank order; `capacity_rows(num_tokens)` bounds the rows of one round."""
+        """Take over the links, in ep_rank order."""
+        self.extra = Extra()
         self._workers = [
             _Worker(rank, name, incarnation, link, Deadline(floor_s))
             for rank, (link, name, incarnation) in enumerate(zip(links, names, incarnations, strict=True))
         ]
-        self._tables = {layer_id: layer_table(owners) for layer_id, owners in placement.layers.items()}
+        self._slots = SlotTables(placement)
         self._shape, self._term = shape, term
         self._ask_progress, self._timeline = ask_progress, timeline
-        self._capacity_rows = capacity_rows or (lambda num_tokens: num_tokens * shape.num_experts_per_tok)
         self._step: StepHeader | None = None
-        self._round_rows = 1
+        self._message_rows = 1
         self._capacity = wire.HEADER_BYTES
         self._arrivals: SimpleQueue[Arrival] = SimpleQueue()
         self._is_closed = False
@@ -110,19 +110,20 @@ class LinksRouterExchange:
                 daemon=True,
             ).start()
 
-    def begin(self, header: StepHeader) -> None:
+    def begin(self, header: StepHeader, origins: Sequence[RowOrigins] = ()) -> None:
         """Announce a step on every link. Raises WorkerLost."""
         self._check_open()
         if header.term != self._term:
             raise MessageError(f"a step of term {header.term} cannot use links of term {self._term}")
         self._step = header
-        tokens = wire.size_class(header.num_tokens)
-        self._round_rows = max(self._capacity_rows(tokens), 1)
-        self._capacity = self._bytes_of_class(tokens)
+        self._slots.begin(origins)
+        self._message_rows = message_rows(header, self._shape.num_experts_per_tok)
+        self._capacity = self._bytes_of_class(header)
         for worker in self._workers:
             worker.times = [0.0, 0.0, 0.0]
             message = self._header(worker, wire.STEP, -1, 0, header.num_tokens)
             message.capacity_bytes, message.micro_batches = self._capacity, header.micro_batches
+            message.pass_rows = header.pass_rows
             self._send(worker, message, (), "begin")
 
     def dispatch(
@@ -135,14 +136,18 @@ class LinksRouterExchange:
         start_ns = time.monotonic_ns()
         num_tokens = hidden_states.shape[0]
         flight = _InFlight(layer_id, micro_batch, num_tokens, None, topk_weights, hidden_states)
+        keys = self._slots.place(layer_id, micro_batch, topk_ids)
+        table = self._slots.table(layer_id)
         if self._step.ep_level == ALL_GATHER:
             for worker in self._workers:
                 header = self._header(worker, wire.ROWS, layer_id, micro_batch, num_tokens)
+                header.first_key = worker.ep_rank * table.most_local
                 reply_bytes = wire.HEADER_BYTES + num_tokens * self._shape.hidden_size * 8
                 self._request(worker, _Request(flight, header, 0, num_tokens, start_ns), reply_bytes)
-                self._send(worker, header, (topk_ids, topk_weights, hidden_states), "dispatch")
+                self._send(worker, header, (keys, topk_weights, hidden_states), "dispatch")
         else:
-            sorted_rows = sort_rows(topk_ids, self._tables[layer_id])
+            sorted_rows = sort_rows(keys, table)
+            count_extra_rounds(self.extra, self._step, sorted_rows)
             flight.sorted_rows = sorted_rows
             rows = hidden_states[sorted_rows.token_of]
             flight.output = torch.empty_like(rows)
@@ -162,14 +167,11 @@ class LinksRouterExchange:
         self._record("wait", start_ns, "router", dispatched.layer_id)
         start_ns = time.monotonic_ns()
         if dispatched.sorted_rows is not None:
-            total = weighted_sum(
+            combined = weighted_sum(
                 dispatched.output, dispatched.sorted_rows.position_of, dispatched.topk_weights
             )
         else:
-            total = torch.zeros(dispatched.num_tokens, self._shape.hidden_size, dtype=torch.float64)
-            for ep_rank in sorted(dispatched.partials):
-                total += dispatched.partials[ep_rank]
-        combined = total.float()
+            combined = sum_partials([dispatched.partials[rank] for rank in sorted(dispatched.partials)])
         self._record("combine", start_ns, "router", dispatched.layer_id)
         return combined
 
@@ -203,28 +205,25 @@ class LinksRouterExchange:
         self, worker: _Worker, flight: _InFlight, sorted_rows: SortedRows, rows: Tensor
     ) -> None:
         first, end = sorted_rows.span(worker.ep_rank)
-        num_local = self._tables[flight.layer_id].num_local[worker.ep_rank]
+        num_local = self._slots.table(flight.layer_id).num_local[worker.ep_rank]
         running = sorted_rows.counts[worker.ep_rank, :num_local].cumsum(0)
-        rounds = -(-(end - first) // self._round_rows)
+        rounds = -(-(end - first) // self._message_rows)
         for index in range(rounds):
-            low = index * self._round_rows
-            high = min(low + self._round_rows, end - first)
+            low = index * self._message_rows
+            high = min(low + self._message_rows, end - first)
             counts = running.clamp(low, high).diff(prepend=torch.tensor([low]))
             header = self._header(worker, wire.ROWS, flight.layer_id, flight.micro_batch, flight.num_tokens)
             header.round, header.rounds = index, rounds
             header.num_rows, header.num_experts = high - low, num_local
-            row_bytes = self._shape.hidden_size * self._shape.dtype.itemsize
             request = _Request(flight, header, first + low, high - low, time.monotonic_ns())
-            self._request(worker, request, wire.HEADER_BYTES + (high - low) * row_bytes)
+            self._request(worker, request, wire.HEADER_BYTES + (high - low) * self._shape.row_bytes)
             self._send(worker, header, (counts, rows[first + low : first + high]), "dispatch")
 
-    def _bytes_of_class(self, tokens: int) -> int:
-        top_k, size = self._shape.num_experts_per_tok, self._shape.dtype.itemsize
-        if self._step is not None and self._step.ep_level == ALL_GATHER:
-            return wire.HEADER_BYTES + tokens * (top_k * 12 + self._shape.hidden_size * size)
-        most_local = max((table.most_local for table in self._tables.values()), default=0)
-        most_rows = min(self._round_rows, tokens * top_k)
-        return wire.HEADER_BYTES + 8 * most_local + most_rows * self._shape.hidden_size * size
+    def _bytes_of_class(self, step: StepHeader) -> int:
+        top_k, row_bytes = self._shape.num_experts_per_tok, self._shape.row_bytes
+        if step.ep_level == ALL_GATHER:
+            return wire.HEADER_BYTES + wire.size_class(step.num_tokens) * (top_k * 12 + row_bytes)
+        return wire.HEADER_BYTES + 8 * self._slots.most_local + buffer_rows(step, top_k) * row_bytes
 
     def _header(
         self, worker: _Worker, kind: int, layer_id: int, micro_batch: int, num_tokens: int
@@ -288,6 +287,7 @@ class LinksRouterExchange:
         shape = (request.num_rows, self._shape.hidden_size)
         flight = request.owner
         if flight.sorted_rows is None:
+            self.extra.passes += header.rounds - 1
             flight.partials[worker.ep_rank] = wire.unpack(buffer, header, (shape, torch.float64))[0]
         else:
             rows = wire.unpack(buffer, header, (shape, self._shape.dtype))[0]

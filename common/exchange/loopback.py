@@ -5,14 +5,14 @@ Shapes: T tokens, K experts per token, R rows, D hidden_size, E_local experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from common.errors import LinkError
-from common.exchange import Dispatched, StepHeader
-from common.exchange.routing import RowShape, SortedRows, layer_table, sort_rows, weighted_sum
+from common.exchange import Dispatched, Extra, RowOrigins, StepHeader
+from common.exchange.routing import SortedRows, layer_table, place_slots, sort_rows, weighted_sum
 
 
 @dataclass(slots=True)
@@ -31,16 +31,15 @@ class LoopbackExchange:
         self,
         compute: Callable[[int, Tensor, Tensor], Tensor],
         experts: Mapping[int, tuple[int, ...]],
-        shape: RowShape,
     ) -> None:
         """Use `compute(layer_id, rows [R, D], tokens_per_expert [E_local]) -> [R, D]`."""
+        self.extra = Extra()
         self._compute = compute
         self._tables = {layer_id: layer_table([own]) for layer_id, own in experts.items()}
         self._num_local = {layer_id: len(own) for layer_id, own in experts.items()}
-        self._shape = shape
         self._is_closed = False
 
-    def begin(self, header: StepHeader) -> None:
+    def begin(self, header: StepHeader, origins: Sequence[RowOrigins] = ()) -> None:
         """Nothing to announce."""
         self._check_open()
 
@@ -49,7 +48,8 @@ class LoopbackExchange:
     ) -> Dispatched:
         """Sort the rows: hidden_states [T, D], topk_ids and topk_weights [T, K]."""
         self._check_open()
-        sorted_rows = sort_rows(topk_ids, self._tables[layer_id])
+        table = self._tables[layer_id]
+        sorted_rows = sort_rows(place_slots(topk_ids, table), table)
         return _Waiting(
             layer_id, micro_batch, hidden_states.shape[0], hidden_states, sorted_rows, topk_weights
         )
@@ -63,7 +63,7 @@ class LoopbackExchange:
         rows = dispatched.hidden_states[sorted_rows.token_of]
         counts = sorted_rows.counts[0, : self._num_local[dispatched.layer_id]]
         output = self._compute(dispatched.layer_id, rows, counts)
-        return weighted_sum(output, sorted_rows.position_of, dispatched.topk_weights).float()
+        return weighted_sum(output, sorted_rows.position_of, dispatched.topk_weights)
 
     def close(self) -> None:
         """Refuse further steps."""

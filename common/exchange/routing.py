@@ -1,5 +1,6 @@
 """Which row goes to which expert, and how rows become one sum per token again. Pure functions of tensors.
 
+A slot key says where a slot of a token is computed: worker * M + local index of the expert there.
 Shapes: T tokens, K experts per token, R rows, D hidden_size, E experts, W workers, M most experts of one.
 """
 
@@ -12,6 +13,10 @@ import torch
 from torch import Tensor
 
 from common.errors import MessageError
+from common.replica_choice import replica_of
+
+BLOCK_TOKENS = 2048
+"""Tokens that are summed up at a time: what lies between their rows and their sums stays in the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,14 +27,32 @@ class RowShape:
     num_experts_per_tok: int
     dtype: torch.dtype
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return self.hidden_size * self.dtype.itemsize
+
 
 @dataclass(frozen=True, slots=True)
 class LayerTable:
-    """Of one layer: expert -> worker * M + local index, [E]; and the number of experts per worker."""
+    """Who computes the experts of one layer.
 
-    key_of: Tensor
+    Attributes:
+        keys_of: [E, most replicas of any expert] int64 slot keys, in ep_rank order; -1 past the last.
+        num_replicas: [E] int64; 0 where no worker holds the expert.
+        num_local: experts per worker.
+        most_local: M.
+    """
+
+    keys_of: Tensor
+    num_replicas: Tensor
     num_local: tuple[int, ...]
     most_local: int
+
+    @property
+    def has_replicas(self) -> bool:
+        """Whether any expert is held by more than one worker."""
+        return self.keys_of.shape[1] > 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,70 +97,112 @@ def layer_table(owners: Sequence[Sequence[int]]) -> LayerTable:
     """Build the table of a layer from the experts of each worker, in their local order."""
     most = max((len(experts) for experts in owners), default=0) or 1
     size = 1 + max((expert for experts in owners for expert in experts), default=-1)
-    keys = [-1] * size
+    keys: list[list[int]] = [[] for _ in range(size)]
     for worker, experts in enumerate(owners):
         for local, expert in enumerate(experts):
-            keys[expert] = worker * most + local
-    return LayerTable(torch.tensor(keys, dtype=torch.int64), tuple(len(own) for own in owners), most)
+            keys[expert].append(worker * most + local)
+    width = max((len(each) for each in keys), default=0) or 1
+    padded = [each + [-1] * (width - len(each)) for each in keys]
+    return LayerTable(
+        torch.tensor(padded, dtype=torch.int64).view(size, width),
+        torch.tensor([len(each) for each in keys], dtype=torch.int64),
+        tuple(len(own) for own in owners),
+        most,
+    )
 
 
-def local_table(experts: Sequence[int]) -> Tensor:
-    """Expert -> local index, with one entry more: -1, which stands for all larger experts."""
-    table = torch.full((2 + max(experts, default=-1),), -1, dtype=torch.int64)
-    if experts:
-        table[torch.tensor(experts)] = torch.arange(len(experts))
-    return table
+def place_slots(topk_ids: Tensor, table: LayerTable, row_keys: Tensor | None = None) -> Tensor:
+    """The slot keys [T, K] of topk_ids [T, K].
 
-
-def sort_rows(topk_ids: Tensor, table: LayerTable) -> SortedRows:
-    """Sort the slots of topk_ids [T, K] by worker and local expert; within one, by token.
+    Args:
+        row_keys: [T] int64, what chooses among replicas (common.replica_choice); None: always the first.
 
     Raises:
         MessageError: an expert that no worker holds was chosen.
     """
-    flat = topk_ids.reshape(-1)
-    if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < table.key_of.numel():
-        raise MessageError(f"experts {int(flat.min())}..{int(flat.max())} were chosen, which no worker holds")
-    keys = table.key_of[flat]
+    size = table.num_replicas.numel()
+    if topk_ids.numel() and not 0 <= int(topk_ids.min()) <= int(topk_ids.max()) < size:
+        raise MessageError(
+            f"experts {int(topk_ids.min())}..{int(topk_ids.max())} were chosen, which no worker holds"
+        )
+    if row_keys is None or not table.has_replicas:
+        keys = table.keys_of[topk_ids, 0] if size else topk_ids
+    else:
+        replica = replica_of(row_keys.unsqueeze(1), table.num_replicas[topk_ids].clamp(min=1))
+        keys = table.keys_of[topk_ids, replica]
     if keys.numel() and int(keys.min()) < 0:
         raise MessageError("an expert was chosen that no worker holds: check the placement")
+    return keys
+
+
+def sort_rows(slot_keys: Tensor, table: LayerTable) -> SortedRows:
+    """Sort the slots [T, K] by worker and local expert; within one, by token."""
+    keys = slot_keys.reshape(-1)
     order = torch.argsort(keys, stable=True)
     position_of = torch.empty_like(order)
     position_of[order] = torch.arange(order.numel())
     workers = len(table.num_local)
     counts = torch.bincount(keys, minlength=workers * table.most_local).view(workers, table.most_local)
     ends = tuple(counts.sum(1).cumsum(0).tolist())
-    top_k = max(topk_ids.shape[1], 1)
-    return SortedRows(order // top_k, position_of.view(topk_ids.shape), counts, ends)
+    top_k = max(slot_keys.shape[1], 1)
+    return SortedRows(order // top_k, position_of.view(slot_keys.shape), counts, ends)
+
+
+def local_of(slot_keys: Tensor, first_key: int, num_local: int) -> Tensor:
+    """Local index of each slot's expert, [T, K]; num_local where it lives elsewhere."""
+    local = slot_keys - first_key
+    return torch.where((local >= 0) & (local < num_local), local, num_local)
 
 
 def expand_rows(
-    hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, table: Tensor, num_local: int
+    hidden: Tensor, slot_keys: Tensor, topk_weights: Tensor, first_key: int, num_local: int
 ) -> LocalRows:
-    """Pick the rows of a worker's own experts from all tokens: hidden [T, D], ids and weights [T, K]."""
-    local = table[topk_ids.clamp(max=table.numel() - 1)]
-    is_mine = local >= 0
-    keys = torch.where(is_mine, local, num_local).reshape(-1)
+    """Pick the rows of a worker's own experts from all tokens: hidden [T, D], keys and weights [T, K]."""
+    local = local_of(slot_keys, first_key, num_local)
+    keys = local.reshape(-1)
     counts = torch.bincount(keys, minlength=num_local + 1)[:num_local]
     num_rows = int(counts.sum())
     order = torch.argsort(keys, stable=True)[:num_rows]
     position_of = torch.full_like(keys, num_rows)
     position_of[order] = torch.arange(num_rows)
-    weights = torch.where(is_mine, topk_weights, 0.0)
-    rows = hidden[order // max(topk_ids.shape[1], 1)]
-    return LocalRows(rows, counts, position_of.view(topk_ids.shape), weights)
+    weights = torch.where(local < num_local, topk_weights, 0.0)
+    rows = hidden[order // max(slot_keys.shape[1], 1)]
+    return LocalRows(rows, counts, position_of.view(slot_keys.shape), weights)
 
 
 def weighted_sum(rows: Tensor, position_of: Tensor, topk_weights: Tensor) -> Tensor:
-    """Sum of float32-rounded products in slot order, [T, D] float64; rows [R, D], the rest [T, K]."""
-    total = torch.zeros(position_of.shape[0], rows.shape[1], dtype=torch.float64)
-    for slot in range(position_of.shape[1]):
-        product = rows[position_of[:, slot]].float() * topk_weights[:, slot, None]
-        total += product.double()
+    """Every token's sum over its slots, [T, D] float32; rows [R, D], the rest [T, K].
+
+    Products are rounded in float32, added in slot order in float64, and the sum is rounded once.
+    """
+    total = torch.empty(position_of.shape[0], rows.shape[1], device=rows.device)
+    for first in range(0, position_of.shape[0], BLOCK_TOKENS):
+        block = slice(first, first + BLOCK_TOKENS)
+        position, weights = position_of[block], topk_weights[block]
+        wide = torch.zeros(position.shape[0], rows.shape[1], dtype=torch.float64, device=rows.device)
+        for slot in range(position.shape[1]):
+            wide += rows[position[:, slot]].float() * weights[:, slot, None]
+        total[block] = wide
     return total
 
 
 def partial_sum(output: Tensor, local: LocalRows) -> Tensor:
     """The part of every token's sum that a worker's own experts give, [T, D] float64; output [R, D]."""
-    padded = torch.cat([output, output.new_zeros(1, output.shape[1])])
-    return weighted_sum(padded, local.position_of, local.weights)
+    num_tokens, top_k = local.position_of.shape
+    total = torch.zeros(num_tokens, output.shape[1], dtype=torch.float64, device=output.device)
+    for slot in range(top_k):
+        position = local.position_of[:, slot]
+        tokens = (position < output.shape[0]).nonzero().squeeze(1)
+        if tokens.numel():
+            # A token stands in a slot once, so that no two rows meet in this addition.
+            product = output[position[tokens]].float() * local.weights[tokens, slot, None]
+            total.index_add_(0, tokens, product.double())
+    return total
+
+
+def sum_partials(partials: Sequence[Tensor]) -> Tensor:
+    """Add partial sums [T, D] float64 in ep_rank order and round once, [T, D] float32."""
+    total = partials[0].clone()
+    for partial in partials[1:]:
+        total += partial
+    return total.float()

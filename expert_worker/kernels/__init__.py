@@ -5,15 +5,18 @@ Shapes: R rows, E_local local experts, D hidden_size, F moe_intermediate_size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol, cast
 
+import torch
 from torch import Tensor
 
 from common.device import find_device
 from common.errors import ConfigError
+from common.int8_reference import PackedInt8
+from common.quantization.w8a8 import Int8Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,38 @@ class PackedExperts:
 
     gate_up: tuple[Tensor, ...]
     down: tuple[Tensor, ...]
+
+    @staticmethod
+    def joined(parts: Sequence[PackedExperts]) -> PackedExperts:
+        """Return the experts of all parts, one part after the other."""
+        return PackedExperts(
+            tuple(one for part in parts for one in part.gate_up),
+            tuple(one for part in parts for one in part.down),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PackedInt8Experts:
+    """The int8 weights of a layer's local experts, in the order the worker holds them.
+
+    Attributes:
+        gate_up: per expert [2F, D], gate_proj above up_proj.
+        down: per expert [D, F].
+        dtype: of results, and of rows that are not quantised.
+    """
+
+    gate_up: tuple[PackedInt8, ...]
+    down: tuple[PackedInt8, ...]
+    dtype: torch.dtype
+
+    @staticmethod
+    def joined(parts: Sequence[PackedInt8Experts]) -> PackedInt8Experts:
+        """Return the experts of all parts, of which there is one at least, one part after the other."""
+        return PackedInt8Experts(
+            tuple(one for part in parts for one in part.gate_up),
+            tuple(one for part in parts for one in part.down),
+            parts[0].dtype,
+        )
 
 
 class ExpertKernels(Protocol):
@@ -60,6 +95,33 @@ class ExpertKernels(Protocol):
 
         Returns:
             [R, D] in the dtype of rows, or of the weights if rows are quantised.
+        """
+
+    def pack_int8(
+        self,
+        gate_proj: Iterable[Int8Weight],
+        up_proj: Iterable[Int8Weight],
+        down_proj: Iterable[Int8Weight],
+        dtype: torch.dtype,
+    ) -> PackedInt8Experts:
+        """Lay out the int8 weights of a layer's experts, as `pack` does; results have the dtype `dtype`."""
+
+    def int8_experts(
+        self,
+        rows: Tensor,
+        row_scales: Tensor | None,
+        tokens_per_expert: Tensor,
+        packed: PackedInt8Experts,
+        on_progress: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """Run every row through its expert in int8, with the arguments of `experts`.
+
+        Rows that are not quantised yet are quantised one by one, and so are the rows between the two
+        products; SwiGLU is computed in float32 in between. The sums are exact, so that all devices agree
+        but for the last bits of SwiGLU.
+
+        Returns:
+            [R, D] in the dtype of `packed`, rounded once from float32.
         """
 
 

@@ -5,16 +5,18 @@ Shapes: R rows, E_local local experts, D hidden_size, F moe_intermediate_size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
+from common import int8_rows
+from common.quantization.w8a8 import Int8Weight
 from common.rows import linear, swiglu
-from expert_worker.kernels import PackedExperts
+from expert_worker.kernels import PackedExperts, PackedInt8Experts
 from expert_worker.kernels.reference import pack
 
-__all__ = ["experts", "pack"]
+__all__ = ["experts", "int8_experts", "pack", "pack_int8"]
 
 
 def experts(
@@ -35,6 +37,47 @@ def experts(
         own = slice(first, first + num_rows)
         gate, up = linear(rows[own], packed.gate_up[expert]).chunk(2, dim=-1)
         output[own] = linear(swiglu(gate, up), packed.down[expert])
+        first = own.stop
+        if on_progress is not None:
+            on_progress()
+    return output
+
+
+def pack_int8(
+    gate_proj: Iterable[Int8Weight],
+    up_proj: Iterable[Int8Weight],
+    down_proj: Iterable[Int8Weight],
+    dtype: torch.dtype,
+) -> PackedInt8Experts:
+    """Put every expert's gate_proj on top of its up_proj."""
+    gate_up = []
+    down = []
+    for gate, up, last in zip(gate_proj, up_proj, down_proj, strict=True):
+        both = torch.cat([gate.weight, up.weight]), torch.cat([gate.scale, up.scale])
+        gate_up.append(int8_rows.pack_int8(*both))
+        down.append(int8_rows.pack_int8(last.weight, last.scale))
+    return PackedInt8Experts(tuple(gate_up), tuple(down), dtype)
+
+
+def int8_experts(
+    rows: Tensor,
+    row_scales: Tensor | None,
+    tokens_per_expert: Tensor,
+    packed: PackedInt8Experts,
+    on_progress: Callable[[], None] | None = None,
+) -> Tensor:  # [R, D] -> [R, D]
+    """Run every row through its expert: quantise, multiply, SwiGLU in float32, quantise, multiply."""
+    if row_scales is None:
+        rows, row_scales = int8_rows.quantize_rows(rows)
+    output = torch.empty(rows.shape, dtype=packed.dtype, device=rows.device)
+    first = 0
+    for expert, num_rows in enumerate(tokens_per_expert.tolist()):
+        if num_rows == 0:
+            continue
+        own = slice(first, first + num_rows)
+        gate, up = int8_rows.int8_linear(rows[own], row_scales[own], packed.gate_up[expert]).chunk(2, dim=-1)
+        hidden, hidden_scales = int8_rows.quantize_rows(swiglu(gate, up))
+        output[own] = int8_rows.int8_linear(hidden, hidden_scales, packed.down[expert]).to(packed.dtype)
         first = own.stop
         if on_progress is not None:
             on_progress()

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expert_worker.kernels import PackedExperts
+from common import int8_reference
+from common.quantization.w8a8 import Int8Weight
+from expert_worker.kernels import PackedExperts, PackedInt8Experts
 
 
 def pack(
@@ -45,6 +47,49 @@ def experts(
         gate, up = F.linear(rows[own], packed.gate_up[expert]).chunk(2, dim=-1)
         hidden = (F.silu(gate.float()) * up.float()).to(rows.dtype)
         output[own] = F.linear(hidden, packed.down[expert])
+        first = own.stop
+        if on_progress is not None:
+            on_progress()
+    return output
+
+
+def pack_int8(
+    gate_proj: Iterable[Int8Weight],
+    up_proj: Iterable[Int8Weight],
+    down_proj: Iterable[Int8Weight],
+    dtype: torch.dtype,
+) -> PackedInt8Experts:
+    """Put every expert's gate_proj on top of its up_proj."""
+    gate_up = []
+    down = []
+    for gate, up, last in zip(gate_proj, up_proj, down_proj, strict=True):
+        both = torch.cat([gate.weight, up.weight]), torch.cat([gate.scale, up.scale])
+        gate_up.append(int8_reference.pack_int8(*both))
+        down.append(int8_reference.pack_int8(last.weight, last.scale))
+    return PackedInt8Experts(tuple(gate_up), tuple(down), dtype)
+
+
+def int8_experts(
+    rows: Tensor,
+    row_scales: Tensor | None,
+    tokens_per_expert: Tensor,
+    packed: PackedInt8Experts,
+    on_progress: Callable[[], None] | None = None,
+) -> Tensor:  # [R, D] -> [R, D]
+    """Run every row through its expert: quantise, multiply, SwiGLU in float32, quantise, multiply."""
+    if row_scales is None:
+        rows, row_scales = int8_reference.quantize_rows(rows)
+    output = torch.empty(rows.shape, dtype=packed.dtype, device=rows.device)
+    first = 0
+    for expert, num_rows in enumerate(tokens_per_expert.tolist()):
+        if num_rows == 0:
+            continue
+        own = slice(first, first + num_rows)
+        gate, up = int8_reference.int8_linear(rows[own], row_scales[own], packed.gate_up[expert]).chunk(
+            2, dim=-1
+        )
+        hidden, hidden_scales = int8_reference.quantize_rows(F.silu(gate) * up)
+        output[own] = int8_reference.int8_linear(hidden, hidden_scales, packed.down[expert]).to(packed.dtype)
         first = own.stop
         if on_progress is not None:
             on_progress()

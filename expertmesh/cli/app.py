@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from expertmesh.cli.bench import bench
 from expertmesh.cli.config import config
 from expertmesh.cli.generate import generate
 from expertmesh.cli.status import status
@@ -20,3 +21,4 @@ app.command()(up)
 app.command()(generate)
 app.command()(status)
 app.add_typer(config)
+app.add_typer(bench)

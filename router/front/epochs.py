@@ -39,6 +39,7 @@ class EpochFacts:
     model_path: str
     dtype: str
     placement: Placement
+    exchange: str
 
 
 class Epochs:
@@ -157,7 +158,7 @@ class Epochs:
             raise ControlError("the router's engine has not loaded")
         names = ", ".join(worker.worker_id for worker in members)
         self._state.wait_for(f"epoch {epoch} is being prepared on {names}")
-        prefixes = [f"{epoch}-{secrets.token_hex(16)}" for _ in members]
+        prefixes = self._prefixes(epoch, len(members))
         preparations = [
             Preparation(
                 self._agent_of(worker),
@@ -169,7 +170,7 @@ class Epochs:
                         port=loaded.store_port,
                         prefix=prefix,
                         timeout_s=WORKER_LINK_TIMEOUT_S,
-                        exchange="links",
+                        exchange=self._facts.exchange,
                     ),
                 ),
                 self._state.announce,
@@ -223,6 +224,11 @@ class Epochs:
             ],
             link=link,
         )
+
+    def _prefixes(self, epoch: int, count: int) -> list[str]:
+        """Where each member joins: a link of its own, or one group for all."""
+        prefixes = [f"{epoch}-{secrets.token_hex(16)}" for _ in range(count)]
+        return prefixes if self._facts.exchange == "links" else prefixes[:1] * count
 
     def _connect(self, epoch: int, members: list[Worker], prefixes: list[str]) -> Connect:
         return Connect(

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ from common.interceptors import FleetTokenInterceptor
 from common.kept_child import KeptChild, Kind
 from common.logs import set_level
 from common.model_config import ModelConfig
-from common.placement import contiguous
+from common.placement import Placement
 from protos import admin_pb2_grpc, fleet_pb2_grpc, generation_pb2_grpc
 from protos import generation_pb2 as pb
 from router.front.admin_service import AdminService
 from router.front.config_history import ConfigHistory
 from router.front.config_in_force import ConfigInForce
-from router.front.engine_tuning import EngineTuning
+from router.front.engine_tuning import EngineTuning, tune_of
 from router.front.epochs import EpochFacts, Epochs
 from router.front.fleet import Fleet
 from router.front.fleet_service import FleetService
@@ -51,6 +52,8 @@ from router.messages import (
     Tuned,
     TuneRefused,
 )
+from router.placement.balanced import place
+from router.placement.load import read_loads
 from router.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -181,14 +184,15 @@ class Front:
         await asyncio.gather(work, return_exceptions=True)
 
     async def _listen_for_workers(self) -> RunningServer:
-        config, model = self.config, self.model
+        config = self.config
         self.heartbeats = Heartbeats(self.fleet, self.term, self._token, self.state.announce)
         facts = EpochFacts(
             term=self.term,
             world_size=config.world_size,
             model_path=self.model_path,
             dtype=self.dtype,
-            placement=contiguous(model.n_routed_experts, config.world_size, model.moe_layer_ids),
+            placement=self._placement(),
+            exchange=config.exchange,
         )
         self.epochs = Epochs(facts, self.fleet, self.state, self.heartbeats.agent_of, self.engine.send)
         self.heartbeats.epochs = self.epochs
@@ -199,6 +203,25 @@ class Front:
             lambda server: fleet_pb2_grpc.add_FleetServiceServicer_to_server(service, server),
             (FLEET,),
             [FleetTokenInterceptor(self._token)],
+        )
+
+    def _placement(self) -> Placement:
+        """Where the experts of every epoch are.
+
+        Raises:
+            ConfigError: workers, experts and redundant experts do not fit together, or the load file is bad.
+        """
+        config, model = self.config, self.model
+        loads = None
+        if config.expert_load_file is not None:
+            loads = read_loads(Path(config.expert_load_file), model.n_routed_experts, model.moe_layer_ids)
+        return place(
+            model.n_routed_experts,
+            model.moe_layer_ids,
+            config.world_size,
+            config.redundant_experts,
+            loads,
+            model.n_group or 1,
         )
 
     def _from_engine(self, message: Any) -> None:
@@ -294,12 +317,13 @@ class Front:
             max_seq_len=config.max_seq_len,
             max_batch_size=config.max_batch_size,
             max_prefill_tokens=config.max_prefill_tokens,
-            ep_level=config.ep_level,
-            micro_batches=config.micro_batches,
+            tune=asdict(tune_of(config)),
             term=self.term,
             data_address=config.data_address,
+            exchange=config.exchange,
             experts_in_process=config.experts_in_process,
             deadline_floor_s=config.deadline_floor_s,
+            trace_file=None if config.trace_file is None else str(Path(config.trace_file).resolve()),
         )
 
     def _limits(self) -> Limits:

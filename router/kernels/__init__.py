@@ -13,6 +13,7 @@ from torch import Tensor
 
 from common.device import find_device
 from common.errors import ConfigError
+from common.int8_reference import PackedInt8
 
 
 class RouterKernels(Protocol):
@@ -23,6 +24,21 @@ class RouterKernels(Protocol):
 
     def per_head_linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """Multiply rows by their head's weight, maybe a view: [T, H, in], [H, out, in] -> [T, H, out]."""
+
+    def pack_int8(self, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> PackedInt8:
+        """Lay out an int8 weight: [out, in] int8, [out] float32, [out] int32; it may be kept."""
+
+    def quantize_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantise every row for itself: [T, in] -> [T, in] int8, [T] float32; max|row| becomes 127."""
+
+    def quantize_rows_static(self, x: Tensor, scale: float, offset: float) -> Tensor:
+        """Quantise all rows alike: round(x / scale) + offset within int8, [T, in] -> [T, in] int8."""
+
+    def int8_linear(self, rows: Tensor, row_scales: Tensor | None, packed: PackedInt8) -> Tensor:
+        """Multiply int8 rows: [T, in] int8, [T] float32 -> [T, out] float32.
+
+        The sums, with the bias, are exact int32; float32(sums) * scale * row_scales, in this order.
+        """
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Normalise rows in float32, round, apply the weight: [T, D], [D] -> [T, D]."""

@@ -12,15 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.int8_rows import int8_linear, pack_int8, quantize_rows, quantize_rows_static
 from common.rows import MIN_ROWS, OUT_MULTIPLE, linear, per_head_linear, rms_norm, row_sum, swiglu
 from router.kernels.reference import gather_latents, rotate, store_latents
 
 __all__ = [
     "decode_attention",
     "gather_latents",
+    "int8_linear",
     "linear",
+    "pack_int8",
     "per_head_linear",
     "prefill_attention",
+    "quantize_rows",
+    "quantize_rows_static",
     "rms_norm",
     "rotate",
     "store_latents",

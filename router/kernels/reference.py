@@ -10,6 +10,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.int8_reference import int8_linear, pack_int8, quantize_rows, quantize_rows_static
+
+__all__ = [
+    "decode_attention",
+    "gather_latents",
+    "int8_linear",
+    "linear",
+    "pack_int8",
+    "per_head_linear",
+    "prefill_attention",
+    "quantize_rows",
+    "quantize_rows_static",
+    "rms_norm",
+    "rotate",
+    "store_latents",
+    "swiglu",
+]
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [T, in], [out, in], [out] -> [T, out]
     """Multiply every row by the weight."""

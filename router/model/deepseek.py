@@ -205,6 +205,21 @@ class RMSNorm(nn.Module):
         return self.kernels.rms_norm(x, self.weight, self.eps)
 
 
+class BiasedRMSNorm(RMSNorm):
+    """RMSNorm, then a bias: what msModelSlim makes of a norm where it takes outliers out of activations."""
+
+    bias: Tensor
+
+    def __init__(self, norm: RMSNorm) -> None:
+        """Take the place of `norm`."""
+        super().__init__(len(norm.weight), norm.eps, norm.kernels, norm.weight.dtype)
+        self.bias = nn.Parameter(torch.empty_like(norm.weight), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # [T, size] -> [T, size]
+        """Normalize every row for itself, round, then add."""
+        return super().forward(x) + self.bias
+
+
 class MLA(nn.Module):
     """Multi-head latent attention: a token's keys and values are one latent, kv_c, and one rotated key, k_pe.
 

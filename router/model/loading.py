@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.checkpoint import Checkpoint
+from common.device import find_device
 from common.errors import CheckpointError
+from common.heap import release_freed_memory
 from common.model_config import ModelConfig
+from common.quantization.description import FLOAT, W8A8_DYNAMIC
+from common.quantization.w8a8 import stored_names
+from common.stored_weights import StoredWeights
 from router.kernels import load_kernels
-from router.model.deepseek import DeepseekForCausalLM
+from router.model.deepseek import BiasedRMSNorm, DeepseekForCausalLM, RMSNorm
+from router.model.int8_linear import READ_LINEAR
+from router.model.linear import Linear
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
+READ_BY_ATTENTION = ".self_attn.kv_b_proj"
+"""Where queries are moved into the latent space, attention multiplies with the weight's halves itself."""
 MAX_NAMED = 3
 """Keys an error names; the rest it counts."""
 
@@ -38,23 +49,81 @@ def load_model(
         CheckpointError: a file, a tensor or a value of the checkpoint is missing or wrong.
     """
     config = ModelConfig.from_directory(model_path)
-    checkpoint = Checkpoint(model_path)
+    weights = StoredWeights(model_path, config)
     # Parameters without memory: each gets its own when its tensor arrives, so nothing is ever held twice.
     with torch.device("meta"):
         model = DeepseekForCausalLM(config, load_kernels(device), resolve_dtype(config, dtype))
-    parameters = dict(model.named_parameters())
-    _check_names(checkpoint, config, parameters)
-    total = sum(checkpoint.num_bytes(name) for name in parameters)
+        _give_biases_to_norms(model, weights)
+    parts = list(_parts(model, weights, torch.device(find_device(device).torch_type)))
+    _check_names(weights.checkpoint, config, [name for part in parts for name in part.names])
+    num_bytes = [sum(map(weights.checkpoint.num_bytes, part.names)) for part in parts]
     loaded = 0
-    on_progress(loaded, total)
-    for name, parameter in parameters.items():
-        tensor = checkpoint.tensor(name, parameter.shape).to(device=device, dtype=parameter.dtype)
-        owner_path, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(owner_path)
-        owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
-        loaded += checkpoint.num_bytes(name)
-        on_progress(loaded, total)
+    on_progress(loaded, sum(num_bytes))
+    for part, size in zip(parts, num_bytes, strict=True):
+        part.read()
+        release_freed_memory()
+        loaded += size
+        on_progress(loaded, sum(num_bytes))
     return model.eval()
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What is read at once: stored tensors that belong together, and what puts them into the model."""
+
+    names: tuple[str, ...]
+    read: Callable[[], None]
+
+
+def _give_biases_to_norms(model: nn.Module, weights: StoredWeights) -> None:
+    """Replace the norms for which the checkpoint has a bias."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, RMSNorm) and f"{weights.norm_path(path)}.bias" in weights.checkpoint:
+            model.set_submodule(path, BiasedRMSNorm(module))
+
+
+def _parts(model: nn.Module, weights: StoredWeights, device: torch.device) -> Iterator[_Part]:
+    """Find the parts of the model; a linear layer in int8 is one, any other parameter is one."""
+    for path, module in model.named_modules():
+        if isinstance(module, Linear) and (kind := weights.type_of(path)) != FLOAT:
+            yield _int8_part(model, path, module, kind, weights, device)
+            continue
+        stored_path = weights.norm_path(path) if isinstance(module, RMSNorm) else path
+        for leaf, parameter in module.named_parameters(recurse=False):
+            names = weights.float_names(f"{stored_path}.{leaf}")
+            replaced = () if stored_path == path else weights.present(f"{path}.{leaf}")
+            read = partial(_read_parameter, module, leaf, parameter, names[0], weights, device)
+            yield _Part((*names, *replaced), read)
+
+
+def _int8_part(
+    model: nn.Module, path: str, linear: Linear, kind: str, weights: StoredWeights, device: torch.device
+) -> _Part:
+    if path.endswith(READ_BY_ATTENTION):
+        raise CheckpointError(
+            f"{weights.checkpoint.directory}: {path}.weight is of type {kind}, but it must be {FLOAT}: "
+            f"attention takes it apart"
+        )
+    names = [*stored_names(weights.checkpoint, path, kind)]
+    if linear.bias is not None and kind == W8A8_DYNAMIC:
+        names.append(f"{path}.bias")
+
+    def read() -> None:
+        model.set_submodule(path, READ_LINEAR[kind](weights, path, linear, device))
+
+    return _Part(tuple(names), read)
+
+
+def _read_parameter(
+    module: nn.Module,
+    leaf: str,
+    parameter: Tensor,
+    name: str,
+    weights: StoredWeights,
+    device: torch.device,
+) -> None:
+    tensor = weights.float_tensor(name, tuple(parameter.shape), parameter.dtype).to(device)
+    module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
 
 
 def resolve_dtype(config: ModelConfig, dtype: str) -> torch.dtype:
@@ -68,11 +137,10 @@ def resolve_dtype(config: ModelConfig, dtype: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def _check_names(checkpoint: Checkpoint, config: ModelConfig, parameters: Iterable[str]) -> None:
+def _check_names(checkpoint: Checkpoint, config: ModelConfig, needed: Iterable[str]) -> None:
     """Name what the model needs and the checkpoint lacks, and what the checkpoint has and nobody needs."""
-    wanted = set(parameters)
-    present = set(checkpoint.names)
-    missing = [name for name in parameters if name not in present]
+    wanted = dict.fromkeys(needed)
+    missing = [name for name in wanted if name not in checkpoint]
     if missing:
         raise CheckpointError(f"{checkpoint.directory} lacks {_listed(missing)}, which config.json asks for")
     others = [name for name in checkpoint.names if name not in wanted]

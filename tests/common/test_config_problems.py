@@ -174,8 +174,8 @@ SENTENCES: list[tuple[str, Any, str]] = [
     ("ExpertMesh.router", "here", 'ExpertMesh.router is "here", but it must be HOST:PORT'),
     (
         "ExpertMesh.redundantExperts",
-        8,
-        "ExpertMesh.redundantExperts is 8, but only 0 is built in this version",
+        -1,
+        "ExpertMesh.redundantExperts is -1, but it must be at least 0",
     ),
     *(
         (

@@ -108,10 +108,26 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu', but only 'silu' is supported"),
     ({"rope_interleave": False}, "rope_interleave is False, but only True is supported"),
     (
-        {"quantization_config": {"quant_method": "fp8"}},
-        "quantization_config is set, but quantized checkpoints",
+        {"quantization_config": {"quant_method": "awq"}},
+        "quantization_config.quant_method is 'awq', but only 'fp8' is supported",
     ),
-    ({"quantize": "w8a8_dynamic"}, "quantize is set, but quantized checkpoints"),
+    (
+        {"quantization_config": {"quant_method": "fp8", "fmt": "e5m2"}},
+        "quantization_config.fmt is 'e5m2', but only 'e4m3' is supported",
+    ),
+    (
+        {"quantization_config": {"quant_method": "fp8"}},
+        "quantization_config.weight_block_size is None, but FP8 weights are only supported in blocks",
+    ),
+    (
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 0]}},
+        "weight_block_size.1 is 0, but it must be greater than 0",
+    ),
+    ({"quantization_config": "fp8"}, "quantization_config is 'fp8', but it must be an object"),
+    (
+        {"quantize": "w8a8_dynamic"},
+        "quantize is 'w8a8_dynamic', but no quant_model_description*.json is beside it",
+    ),
     (
         {"rope_scaling": {"type": "linear", "factor": 2}},
         "the type in rope_scaling is 'linear', but only yarn",

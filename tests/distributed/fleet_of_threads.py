@@ -157,8 +157,11 @@ class ThreadFleet:
         shape: RowShape,
         kind: str = "links",
         delay_s: float = 0.0,
+        watch: Callable[[int, Received], None] | None = None,
         **options: object,
     ) -> None:
+        """`watch` sees, per worker, everything that is computed."""
+        self.watch = watch
         self.stores = [process_group.open_store(HOST) for _ in range(routers)]
         self.is_stopped = threading.Event()
         self.closed: list[tuple[int, int, str]] = []
@@ -175,6 +178,7 @@ class ThreadFleet:
         ]
 
     def _serve(self, rank: int, placement: Placement, shape: RowShape, kind: str, delay_s: float) -> None:
+        closed = self.closed
         exchange, outputs = join_routers(
             self.stores,
             rank,
@@ -182,10 +186,16 @@ class ThreadFleet:
             shape,
             delay_s,
             kind,
-            lambda term, epoch, reason: self.closed.append((rank, term, reason)),
+            lambda term, epoch, reason: closed.append((rank, term, reason)),
         )
         self.experts[rank] = exchange
-        step_loop.serve(exchange, outputs, self.is_stopped.is_set)
+
+        def watched(received: Received) -> Tensor:
+            if self.watch is not None:
+                self.watch(rank, received)
+            return outputs(received)
+
+        step_loop.serve(exchange, watched, self.is_stopped.is_set)
 
     def close(self) -> None:
         """Stop everything."""

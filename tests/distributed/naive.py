@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from common.exchange import RouterExchange, StepHeader
+from common.exchange import RouterExchange, RowOrigins, StepHeader
 from tests.distributed import fleet_of_threads as fleet
 
 E, K, D, LAYER = 9, 3, 16, 1
@@ -39,6 +40,11 @@ def run_step(
     given: tuple[Tensor, Tensor, Tensor],
     term: int,
     epoch: int = fleet.EPOCH,
+    origins: Sequence[RowOrigins] = (),
+    round_rows: int = 0,
+    chunk_rows: int = 0,
+    pass_rows: int = 0,
 ) -> Tensor:
-    exchange.begin(StepHeader(term, epoch, step_id, level, given[0].shape[0]))
+    bounds = {"round_rows": round_rows, "chunk_rows": chunk_rows, "pass_rows": pass_rows}
+    exchange.begin(StepHeader(term, epoch, step_id, level, given[0].shape[0], **bounds), origins)
     return exchange.combine(exchange.dispatch(LAYER, 0, *given))

@@ -159,12 +159,6 @@ def test_replies_may_be_given_out_of_order() -> None:
         exchange.close()
 
 
-def test_rounds_change_no_bit() -> None:
-    with threads(1, contiguous(E, 3, [LAYER]), capacity_rows=lambda num_tokens: 5) as small:
-        given = inputs(64, torch.float32)
-        assert torch.equal(run_step(small.routers[0], 0, 2, given, fleet.TERM), naive(*given))
-
-
 def test_dispatch_returns_while_a_worker_stands_still_and_close_does_not_wait_for_it() -> None:
     wide = RowShape(16384, K, torch.float32)  # 4 MB of hidden states fit no socket buffer
     given = inputs(64, torch.float32, wide.hidden_size)

@@ -47,21 +47,9 @@ def test_loopback_gives_the_bits_of_a_naive_loop(num_tokens: int) -> None:
     loopback = LoopbackExchange(
         lambda layer, rows, counts: fleet.compute(experts[layer], rows, counts),
         experts,
-        RowShape(D, K, torch.float32),
     )
     given = inputs(num_tokens, torch.float32)
     assert torch.equal(run_step(loopback, 0, 2, given, 0), naive(*given))
-
-
-def test_rounds_change_no_bit() -> None:
-    small = fleet.ThreadFleet(
-        1, contiguous(E, 2, [LAYER]), RowShape(D, K, torch.float32), capacity_rows=lambda _: 5
-    )
-    try:
-        given = inputs(64, torch.float32)
-        assert torch.equal(run_step(small.routers[0], 0, 2, given, fleet.TERM), naive(*given))
-    finally:
-        small.close()
 
 
 @pytest.mark.parametrize("level", [1, 2])

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from common import process_group
 from common.exchange import StepHeader
@@ -22,6 +20,7 @@ from common.timeline import Span, Timeline
 from expert_worker.messages import Linked
 from router.model.deepseek import take_turns
 from router.model.loading import load_model
+from router.model.recording import record_modules
 from tests.expert_worker.executor_child import (
     INCARNATION,
     JOIN_TIMEOUT_S,
@@ -46,21 +45,6 @@ SHAPE: dict[str, Any] = {
 }
 
 
-def recorded(module: nn.Module, timeline: Timeline) -> None:
-    """Record when a module computes."""
-    began_ns = 0
-
-    def begin(*_: object) -> None:
-        nonlocal began_ns
-        began_ns = time.monotonic_ns()
-
-    def end(*_: object) -> None:
-        timeline.add("shared_experts", began_ns, time.monotonic_ns(), "router")
-
-    module.register_forward_pre_hook(begin)
-    module.register_forward_hook(end)
-
-
 def named(spans: list[Span], name: str) -> list[Span]:
     return [span for span in spans if span.name == name]
 
@@ -78,7 +62,7 @@ async def test_shared_experts_compute_while_a_worker_computes_the_routed_ones(
     placement = contiguous(config.n_routed_experts, 1, config.moe_layer_ids)
     moe = load_model(tmp_path / "model", "float32", "cpu", lambda *_: None).get_submodule(MOE)
     timeline = Timeline()
-    recorded(moe.get_submodule("shared_experts"), timeline)
+    record_modules(moe, timeline)
     store = process_group.open_store("127.0.0.1")
     async with executor() as child:
         child.send(prepare(tmp_path / "model", placement, 0, store))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.fleet import Answer, Fleet, fleet_of, generate
+from common.quantize import main as quantize_main
+from expertmesh.trace_summary import summarize
+from tests.e2e.fleet import Answer, Fleet, command, fleet_of, generate
 
 PROMPTS = (
     "The router sees every token;",
@@ -57,9 +61,61 @@ def test_answers_are_bitwise_those_of_one_process(
         assert answers(fleet) == loopback_answers
 
 
+VARIANTS: dict[str, tuple[int, dict[str, str]]] = {
+    "collective, AllGather": (1, {"EXPERTMESH_EXCHANGE": "collective"}),
+    "collective, AllToAll": (2, {"EXPERTMESH_EXCHANGE": "collective"}),
+    "micro-batches": (2, {"EXPERTMESH_MICRO_BATCHES": "3", "EXPERTMESH_CHUNK_ROWS": "4"}),
+    "replicas, AllGather": (1, {"EXPERTMESH_REDUNDANT_EXPERTS": "9"}),
+    "replicas, AllToAll": (2, {"EXPERTMESH_REDUNDANT_EXPERTS": "9"}),
+}
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_how_rows_travel_and_who_serves_them_changes_no_bit(
+    v3_model: Path, loopback_answers: list[tuple[object, ...]], variant: str
+) -> None:
+    ep_level, environment = VARIANTS[variant]
+    flags = ("--expert-workers", "3", "--ep-level", str(ep_level))
+    with fleet_of(v3_model, *flags, **environment) as fleet:
+        assert answers(fleet) == loopback_answers
+
+
 @pytest.mark.e2e
 def test_a_v2_checkpoint_answers_the_same_in_one_process_and_with_two_workers(v2_model: Path) -> None:
     with fleet_of(v2_model, "--expert-workers", "0") as fleet:
         expected = answers(fleet)
     with fleet_of(v2_model, "--expert-workers", "2", "--ep-level", "2") as fleet:
+        assert answers(fleet) == expected
+
+
+@pytest.mark.e2e
+def test_bench_exchange_traces_a_real_step_in_which_router_and_workers_compute_at_the_same_time(
+    v3_model: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "trace.json"
+    flags = ("--model", str(v3_model), "--micro-batches", "2", "--prompt-tokens", "400", "--chunk-rows", "64")
+    done = subprocess.run(
+        command("bench", "exchange", *flags, "--max-tokens", "4", "--trace", str(file), "--json"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary == summarize(json.loads(file.read_text())).json()
+    # 3 MoE layers; a prompt of 400 in 2 micro-batches, then 3 steps of one token.
+    assert summary["counts"]["shared_experts"] == 3 * (2 + 3)
+    assert summary["counts"]["experts"] > summary["counts"]["dispatch"]  # chunks
+    assert summary["overlap"] > 0
+
+
+@pytest.mark.e2e
+def test_a_checkpoint_that_was_quantised_answers_the_same_in_one_process_and_with_three_workers(
+    v3_model: Path, tmp_path: Path
+) -> None:
+    assert quantize_main([str(v3_model), str(tmp_path / "w8a8")]) == 0
+    with fleet_of(tmp_path / "w8a8", "--expert-workers", "0") as fleet:
+        expected = answers(fleet)
+    with fleet_of(tmp_path / "w8a8", "--expert-workers", "3", "--ep-level", "2") as fleet:
         assert answers(fleet) == expected

@@ -78,7 +78,7 @@ def step(
 def in_process(checkpoint: Path, given: tuple[Tensor, ...]) -> Tensor:
     experts = ALONE.experts_of(0)
     compute = open_experts(checkpoint, "float32", "cpu", experts, lambda *_: None)
-    return step(LoopbackExchange(compute, experts, SHAPE), 1, 0, given)
+    return step(LoopbackExchange(compute, experts), 1, 0, given)
 
 
 async def enter(

@@ -98,6 +98,8 @@ def test_the_hash_of_the_arithmetic_changes_with_the_last_bit_of_an_expert() -> 
 
         def __init__(self) -> None:
             self.pack = expert_worker.kernels.cpu.pack
+            self.pack_int8 = expert_worker.kernels.cpu.pack_int8
+            self.int8_experts = expert_worker.kernels.cpu.int8_experts
 
         def experts(self, *arguments: object) -> torch.Tensor:
             output: torch.Tensor = expert_worker.kernels.cpu.experts(*arguments)  # type: ignore[arg-type]

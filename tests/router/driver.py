@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.checkpoint import Checkpoint
 from common.exchange import Dispatched, StepHeader
 from common.model_config import ModelConfig
 from expert_worker.kernels import load_kernels
+from expert_worker.shard import Shard, ShardSource
 from router.batch import build_batch
 from router.model.latent_cache import LatentCache
 from router.model.loading import load_model
@@ -26,22 +26,11 @@ class NaiveExchange:
     """A RouterExchange that runs the experts at once, one after the other, on the rows that chose them."""
 
     def __init__(self, directory: Path, config: ModelConfig, dtype: torch.dtype) -> None:
-        checkpoint = Checkpoint(directory)
-        self._kernels = load_kernels("cpu")
         self._num_experts = config.n_routed_experts
-
-        def read(layer_id: int, part: str) -> list[Tensor]:
-            names = (
-                f"model.layers.{layer_id}.mlp.experts.{e}.{part}.weight" for e in range(self._num_experts)
-            )
-            return [checkpoint.tensor(name).to(dtype) for name in names]
-
-        self._packed = {
-            layer_id: self._kernels.pack(
-                *(read(layer_id, part) for part in ("gate_proj", "up_proj", "down_proj"))
-            )
-            for layer_id in config.moe_layer_ids
-        }
+        experts = {layer_id: tuple(range(self._num_experts)) for layer_id in config.moe_layer_ids}
+        shard = Shard(load_kernels("cpu"), torch.device("cpu"))
+        source = ShardSource(directory, str(dtype).removeprefix("torch."))
+        self._layers = shard.hold(source, experts, lambda loaded, total: None)
         self._sums: dict[tuple[int, int], Tensor] = {}
 
     def begin(self, header: StepHeader) -> None:
@@ -55,7 +44,7 @@ class NaiveExchange:
         counts = torch.bincount(topk_ids.flatten(), minlength=self._num_experts)
         rows = hidden_states[slots // num_chosen]
         outputs = torch.empty(num_tokens * num_chosen, hidden_states.shape[1])
-        outputs[slots] = self._kernels.experts(rows, None, counts, self._packed[layer_id]).float()
+        outputs[slots] = self._layers[layer_id].forward(rows, counts).float()
         products = outputs.unflatten(0, (num_tokens, num_chosen)) * topk_weights.unsqueeze(-1)
         total = products.new_zeros(num_tokens, hidden_states.shape[1], dtype=torch.float64)
         for slot in range(num_chosen):

@@ -10,12 +10,23 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from common.channel import Fatal, decode, encode
-from router.messages import TO_FRONT, Configure, Loaded, Lost, Rejected, Stats, Submit, Tokens
+from router.messages import (
+    TO_FRONT,
+    Configure,
+    Loaded,
+    Lost,
+    ProposeTune,
+    Rejected,
+    Stats,
+    Submit,
+    Tokens,
+    Tune,
+)
 
 START_TIMEOUT_S = 60.0
 ANSWER_TIMEOUT_S = 60.0
@@ -109,6 +120,25 @@ def note(answer: Answer, event: dict[str, Any]) -> None:
         answer.top.append(event["top"])
 
 
+def tune(ep_level: int = 2, micro_batches: int = 1, **other: Any) -> Tune:
+    """How rows are exchanged: everything at once, unless said otherwise."""
+    fields: dict[str, Any] = {
+        "ep_level": ep_level,
+        "micro_batches": micro_batches,
+        "chunk_rows": 0,
+        "buffer_factors": [[0, 8.0]],
+        "cutoff_factor": None,
+        "cutoff_min_rows": 4096,
+    }
+    return Tune(**fields | other)
+
+
+def propose(tune: Tune, tune_id: int = 1, **other: Any) -> ProposeTune:
+    """May steps be run like this? With the limits of `configure`, unless said otherwise."""
+    fields: dict[str, Any] = {"max_batch_size": 8, "max_prefill_tokens": 64, "deadline_floor_s": 0.25}
+    return ProposeTune(tune_id, asdict(tune), **fields | other)
+
+
 def configure(model_path: Path, **overrides: Any) -> Configure:
     """The Configure of a small engine with its experts in its own process."""
     fields: dict[str, Any] = {
@@ -121,12 +151,13 @@ def configure(model_path: Path, **overrides: Any) -> Configure:
         "max_seq_len": None,
         "max_batch_size": 8,
         "max_prefill_tokens": 64,
-        "ep_level": 2,
-        "micro_batches": 1,
+        "tune": asdict(tune()),
         "term": 1,
         "data_address": "127.0.0.1",
+        "exchange": "links",
         "experts_in_process": True,
         "deadline_floor_s": 0.25,
+        "trace_file": None,
     }
     return Configure(**fields | overrides)
 

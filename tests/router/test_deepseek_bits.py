@@ -12,6 +12,7 @@ from torch import Tensor
 
 from router.plan import Chunk
 from router.sequence import Sequence
+from tests.quantized_checkpoint import write_w8a8
 from tests.router.driver import Driver, random_prompts
 from tests.tiny_checkpoint import write_checkpoint
 
@@ -20,13 +21,18 @@ LENGTHS = (1, 5, 16, 17, 40, 130)
 
 
 @pytest.fixture(
-    scope="module", params=list(itertools.product(("v2", "v3"), ("float32", "bfloat16"))), ids="-".join
+    scope="module",
+    params=[*itertools.product(("v2", "v3"), ("float32", "bfloat16")), ("v3", "w8a8")],
+    ids="-".join,
 )
 def driver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Driver:
-    family, dtype = request.param
+    family, stored = request.param
     directory: Path = tmp_path_factory.mktemp("checkpoint")
-    write_checkpoint(directory, family, vocab_size=VOCAB_SIZE, torch_dtype=dtype)
-    return Driver(directory, num_blocks=2048)
+    dtype = "bfloat16" if stored == "w8a8" else stored
+    write_checkpoint(directory / "floats", family, vocab_size=VOCAB_SIZE, torch_dtype=dtype)
+    if stored == "w8a8":
+        write_w8a8(directory / "floats", directory / "w8a8", static_attention=True)
+    return Driver(directory / (stored if stored == "w8a8" else "floats"), num_blocks=2048)
 
 
 @pytest.fixture(params=[1, 2, 3], ids="{}-threads".format)

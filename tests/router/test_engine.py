@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from common.errors import WorkerLost
-from common.exchange import Dispatched, RouterExchange, StepHeader
+from common.exchange import Dispatched, Extra, RouterExchange, RowOrigins, StepHeader
 from common.model_config import ModelConfig
 from router.batch import Batch
 from router.engine import Engine, Membership
 from router.messages import Lost, Rejected, Stats, Submit, Tokens
 from router.model.latent_cache import LatentCache
 from router.scheduler import Limits, Scheduler
+from tests.router.engine_child import tune
 
 VOCAB = 50
 ROOMY = Limits(num_blocks=200, block_size=4, max_batch_size=16, max_prefill_tokens=64, max_seq_len=100)
@@ -35,8 +36,9 @@ class ScriptedExchange:
     lost_in_step: int | None = None
     headers: list[StepHeader] = field(default_factory=list)
     is_closed: bool = False
+    extra: Extra = field(default_factory=Extra)
 
-    def begin(self, header: StepHeader) -> None:
+    def begin(self, header: StepHeader, origins: Sequence[RowOrigins] = ()) -> None:
         self.headers.append(header)
 
     def dispatch(
@@ -104,14 +106,14 @@ class Bench:
             vocab_size=VOCAB,
             device=torch.device("cpu"),
             term=9,
-            ep_level=2,
-            micro_batches=micro_batches,
+            num_experts_per_tok=1,
+            tune=tune(2, micro_batches),
             send=self.sent.append,
         )
 
     def adopt(self, epoch: int = 1, lost_in_step: int | None = None) -> ScriptedExchange:
         exchange = ScriptedExchange(lost_in_step)
-        membership = Membership(epoch, exchange, lambda: [[0.0, 0.0, 0.0]], self.floors.append)
+        membership = Membership(epoch, exchange, 2, lambda: [[0.0, 0.0, 0.0]], self.floors.append)
         self.engine.adopt(membership)
         return exchange
 
@@ -204,6 +206,11 @@ def test_a_preempted_answer_is_replayed_and_no_token_is_told_twice() -> None:
     assert len(tokens[0]) == 30
 
 
+def header_of(epoch: int, step_id: int, num_tokens: int) -> StepHeader:
+    """With one expert per token, two workers and a factor of 8 everything fits."""
+    return StepHeader(9, epoch, step_id, 2, num_tokens, round_rows=num_tokens, pass_rows=num_tokens)
+
+
 def test_step_headers_carry_term_epoch_growing_ids_and_the_number_of_tokens() -> None:
     bench = Bench()
     first = bench.adopt(epoch=4)
@@ -211,8 +218,8 @@ def test_step_headers_carry_term_epoch_growing_ids_and_the_number_of_tokens() ->
     bench.engine.step()
     second = bench.adopt(epoch=5)
     bench.run()
-    assert first.headers == [StepHeader(9, 4, 1, 2, 64)]
-    assert second.headers == [StepHeader(9, 5, 2, 2, 6), StepHeader(9, 5, 3, 2, 1)]
+    assert first.headers == [header_of(4, 1, 64)]
+    assert second.headers == [header_of(5, 2, 6), header_of(5, 3, 1)]
     assert first.is_closed
     assert not second.is_closed
 
@@ -306,5 +313,5 @@ def test_an_idle_engine_reports_once() -> None:
     bench.run()
     bench.engine.report()
     bench.engine.report()
-    assert bench.sent[-1] == Stats(0, 0, 0, 12, 6, [[0.0, 0.0, 0.0]])
+    assert bench.sent[-1] == Stats(0, 0, 0, 12, 6, workers=[[0.0, 0.0, 0.0]])
     assert bench.sent[-2] != bench.sent[-1]

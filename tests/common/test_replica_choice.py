@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.placement.replica_choice import mix, replica_of, request_key, row_key
+from common.replica_choice import mix, replica_of, request_key, row_key
 from tests.source import ROOT
 
 
@@ -25,7 +25,7 @@ def test_the_choice_never_changes() -> None:
 @pytest.mark.parametrize("seed", ["0", "1"])
 def test_another_process_makes_the_same_choices(seed: str) -> None:
     script = (
-        "from router.placement.replica_choice import *\n"
+        "from common.replica_choice import *\n"
         "print([replica_of(row_key(request_key('r\u00e9q'), p, l), 3) for p in range(9) for l in range(9)])"
     )
     environment = {**os.environ, "PYTHONHASHSEED": seed}

@@ -1,0 +1,287 @@
+// The arithmetic of int8.cpp: elementwise functions, and the product of a tile with a block, in three paths.
+//
+// All paths give the same bits: sums are exact integers, and every float operation is a single IEEE operation
+// in a fixed order. Compile with -ffp-contract=off: no path may fuse a multiplication and an addition.
+//
+// Shapes: K in-features, N out-features, G = K / 4 rounded up to a multiple of 4, B = N / 16 rounded up.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+namespace int8 {
+
+constexpr int64_t kOut = 16;   // outputs of a block
+constexpr int64_t kTile = 16;  // most rows of a tile: as many sums as registers hold
+constexpr int64_t kPrefetchBytes = 8192;
+
+// Weights are kept as uint8, weight + 128: an instruction that takes unsigned weights can take rows from
+// memory. The 128 is taken off again with the sum of the row. A block is one sequential stream of memory:
+// [G, 16, 4] weights, then [16] float scales, then [16] int32 bias, which joins the integer sums.
+struct Block {
+  const uint8_t* codes;
+  int64_t groups;
+
+  const float* scales() const { return reinterpret_cast<const float*>(codes + groups * 64); }
+  const int32_t* bias() const { return reinterpret_cast<const int32_t*>(codes + groups * 64 + 64); }
+};
+
+struct Weight {
+  const uint8_t* blocks;  // [B] blocks of block_bytes(groups) each
+  int64_t k, n;
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t groups_of(int64_t k) { return ceil_div(k, 16) * 4; }
+inline int64_t block_bytes(int64_t groups) { return groups * 64 + 128; }
+
+// Some rows, four bytes of the first, four of the second, ...: each path reads them front to back.
+struct Tile {
+  const int32_t* rows;   // [G, rows], four int8 each
+  const uint32_t* sums;  // [rows], 128 * sum of the row, modulo 2^32
+  const float* scales;   // [rows]
+};
+
+// out[row * stride + column] = float(exact sum + bias) * scale of the output * scale of the row, for all rows
+// of the tile and the first `columns` outputs of the block.
+using Multiply = void (*)(const Tile&, const Block&, float* out, int64_t stride, int64_t columns);
+
+struct Path {
+  Multiply multiply[kTile];  // by number of rows - 1
+  int32_t (*sum)(const int8_t* row, int64_t count);
+  float (*quantise)(const float* x, int64_t count, int8_t* codes);
+  void (*swiglu)(float* gate, const float* up, int64_t count);
+};
+
+// ---------------------------------------------------------------------- elementwise, the same for all paths
+
+template <class To, class From>
+inline __attribute__((always_inline)) To bits_as(From from) {
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// Adding it rounds a small float to an integer, ties to even, and leaves that integer in the lowest bits.
+constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23
+constexpr uint32_t kRounderBits = 0x4B400000;
+
+// e^x = 2^k * e^r. k ln 2 is taken off in two parts, the first of them exact; e^r is Taylor's series to r^7.
+inline __attribute__((always_inline)) float exponential(float x) {
+  x = x < -104.0f ? -104.0f : x;
+  x = x > 89.5f ? 89.5f : x;  // both ends lie where the result is 0 or infinite
+  const float shifted = x * 1.44269504f + kRounder;
+  const float k = shifted - kRounder;
+  const float r = x - k * 0.693359375f - k * -2.12194440e-4f;
+  float sum = 1.0f / 5040;
+  sum = sum * r + 1.0f / 720;
+  sum = sum * r + 1.0f / 120;
+  sum = sum * r + 1.0f / 24;
+  sum = sum * r + 1.0f / 6;
+  sum = sum * r + 0.5f;
+  sum = sum * r + 1.0f;
+  sum = sum * r + 1.0f;
+  // Two factors, since 2^k alone may be no float.
+  const int32_t power = static_cast<int32_t>(bits_as<uint32_t>(shifted) - kRounderBits);
+  const int32_t half = power >> 1;
+  const uint32_t rest = static_cast<uint32_t>(power) - static_cast<uint32_t>(half);
+  return sum * bits_as<float>((static_cast<uint32_t>(half) + 127) << 23) * bits_as<float>((rest + 127) << 23);
+}
+
+inline __attribute__((always_inline)) void swiglu_row(float* gate, const float* up, int64_t count) {
+  for (int64_t i = 0; i < count; i++) gate[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
+}
+
+// Returns the scale, absmax / 127. A row that is not finite gets codes 0 and a scale that is not finite.
+inline __attribute__((always_inline)) float quantise_row(const float* x, int64_t count, int8_t* codes) {
+  int32_t most = 0;  // absolute values compare like their bits, and NaN is the largest
+  for (int64_t i = 0; i < count; i++) most = std::max(most, bits_as<int32_t>(x[i]) & 0x7FFFFFFF);
+  const float scale = bits_as<float>(most) / 127.0f;
+  if (most >= 0x7F800000 || scale == 0.0f) {
+    std::memset(codes, 0, count);
+    return scale;
+  }
+  for (int64_t i = 0; i < count; i++) {
+    const int32_t code = static_cast<int32_t>(bits_as<uint32_t>(x[i] / scale + kRounder) - kRounderBits);
+    // A subnormal scale is far from exact.
+    codes[i] = static_cast<int8_t>(std::min(std::max(code, -127), 127));
+  }
+  return scale;
+}
+
+inline __attribute__((always_inline)) int32_t sum_row(const int8_t* row, int64_t count) {
+  int32_t sum = 0;
+  for (int64_t i = 0; i < count; i++) sum += row[i];
+  return sum;
+}
+
+// ----------------------------------------------------------------------------------------- the three paths
+
+namespace portable {
+
+template <int kRows>
+void multiply(const Tile& tile, const Block& block, float* out, int64_t stride, int64_t columns) {
+  const int8_t* rows = reinterpret_cast<const int8_t*>(tile.rows);
+  for (int row = 0; row < kRows; row++) {
+    uint32_t sums[kOut] = {};
+    for (int64_t group = 0; group < block.groups; group++) {
+      const int8_t* x = rows + (group * kRows + row) * 4;
+      const uint8_t* w = block.codes + group * 64;
+      for (int o = 0; o < kOut; o++)
+        sums[o] += static_cast<uint32_t>(w[o * 4] * x[0] + w[o * 4 + 1] * x[1] + w[o * 4 + 2] * x[2] +
+                                         w[o * 4 + 3] * x[3]);
+    }
+    for (int64_t o = 0; o < columns; o++) {
+      const uint32_t exact = sums[o] - tile.sums[row] + static_cast<uint32_t>(block.bias()[o]);
+      out[row * stride + o] =
+          static_cast<float>(static_cast<int32_t>(exact)) * block.scales()[o] * tile.scales[row];
+    }
+  }
+}
+
+int32_t sum(const int8_t* row, int64_t count) { return sum_row(row, count); }
+float quantise(const float* x, int64_t count, int8_t* codes) { return quantise_row(x, count, codes); }
+void swiglu(float* gate, const float* up, int64_t count) { swiglu_row(gate, up, count); }
+
+}  // namespace portable
+
+#ifdef __x86_64__
+namespace avx2 {
+
+#define TARGET __attribute__((target("avx2")))
+
+// Products are summed in pairs as int32: vpmaddubsw, which takes bytes, would saturate at int16.
+template <int kRows>
+TARGET inline void few_rows(const int32_t* rows, int64_t tile_rows, const Block& block,
+                            __m256i (&sums)[kRows][2]) {
+  __m256i pairs[kRows][4];
+  for (int row = 0; row < kRows; row++)
+    for (int quarter = 0; quarter < 4; quarter++) pairs[row][quarter] = _mm256_setzero_si256();
+  for (int64_t group = 0; group < block.groups; group++) {
+    const uint8_t* w = block.codes + group * 64;
+    _mm_prefetch(reinterpret_cast<const char*>(w) + kPrefetchBytes, _MM_HINT_T1);
+    __m256i x[kRows];
+    for (int row = 0; row < kRows; row++)
+      x[row] = _mm256_cvtepi8_epi16(_mm_set1_epi32(rows[group * tile_rows + row]));
+#pragma GCC unroll 4
+    for (int quarter = 0; quarter < 4; quarter++) {
+      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w) + quarter);
+      const __m256i wide = _mm256_cvtepu8_epi16(bytes);
+      for (int row = 0; row < kRows; row++)
+        pairs[row][quarter] = _mm256_add_epi32(pairs[row][quarter], _mm256_madd_epi16(wide, x[row]));
+    }
+  }
+  for (int row = 0; row < kRows; row++)
+    for (int half = 0; half < 2; half++)
+      sums[row][half] =
+          _mm256_permute4x64_epi64(_mm256_hadd_epi32(pairs[row][half * 2], pairs[row][half * 2 + 1]), 0xD8);
+}
+
+template <int kRows>
+TARGET inline void store_rows(const Tile& tile, int first, const Block& block,
+                              const __m256i (&sums)[kRows][2], float* out, int64_t stride, int64_t columns) {
+  for (int row = 0; row < kRows; row++) {
+    float whole[kOut];
+    for (int half = 0; half < 2; half++) {
+      const __m256i bias = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block.bias()) + half);
+      const __m256i excess = _mm256_set1_epi32(static_cast<int32_t>(tile.sums[first + row]));
+      const __m256i exact = _mm256_add_epi32(_mm256_sub_epi32(sums[row][half], excess), bias);
+      const __m256 scaled =
+          _mm256_mul_ps(_mm256_cvtepi32_ps(exact), _mm256_loadu_ps(block.scales() + half * 8));
+      _mm256_storeu_ps(whole + half * 8, _mm256_mul_ps(scaled, _mm256_set1_ps(tile.scales[first + row])));
+    }
+    std::memcpy(out + (first + row) * stride, whole, columns * sizeof(float));
+  }
+}
+
+template <int kRows>
+TARGET void multiply(const Tile& tile, const Block& block, float* out, int64_t stride, int64_t columns) {
+  int row = 0;
+  for (; row + 2 <= kRows; row += 2) {
+    __m256i sums[2][2];
+    few_rows<2>(tile.rows + row, kRows, block, sums);
+    store_rows<2>(tile, row, block, sums, out, stride, columns);
+  }
+  if (kRows % 2) {
+    __m256i sums[1][2];
+    few_rows<1>(tile.rows + row, kRows, block, sums);
+    store_rows<1>(tile, row, block, sums, out, stride, columns);
+  }
+}
+
+TARGET int32_t sum(const int8_t* row, int64_t count) { return sum_row(row, count); }
+TARGET float quantise(const float* x, int64_t count, int8_t* codes) { return quantise_row(x, count, codes); }
+TARGET void swiglu(float* gate, const float* up, int64_t count) { swiglu_row(gate, up, count); }
+
+#undef TARGET
+
+}  // namespace avx2
+
+namespace avx512 {
+
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
+
+template <int kRows>
+TARGET void multiply(const Tile& tile, const Block& block, float* out, int64_t stride, int64_t columns) {
+  // An instruction takes about four cycles to give its sum: few rows need several sums each.
+  constexpr int kStep = kRows <= 2 ? 4 : kRows <= 4 ? 2 : 1;
+  __m512i sums[kStep][kRows];
+  for (int step = 0; step < kStep; step++)
+    for (int row = 0; row < kRows; row++) sums[step][row] = _mm512_setzero_si512();
+  const int32_t* x = tile.rows;
+  for (int64_t group = 0; group < block.groups; group += kStep) {
+#pragma GCC unroll 4
+    for (int step = 0; step < kStep; step++) {
+      const uint8_t* w = block.codes + (group + step) * 64;
+      if (kRows > 4) _mm_prefetch(reinterpret_cast<const char*>(w) + kPrefetchBytes, _MM_HINT_T1);
+      const __m512i weights = _mm512_loadu_si512(w);
+#pragma GCC unroll 16
+      for (int row = 0; row < kRows; row++)
+        sums[step][row] = _mm512_dpbusd_epi32(sums[step][row], weights, _mm512_set1_epi32(*x++));
+    }
+  }
+  const __mmask16 mask = static_cast<__mmask16>((1u << columns) - 1);
+  const __m512 by_output = _mm512_loadu_ps(block.scales());
+  const __m512i bias = _mm512_loadu_si512(block.bias());
+#pragma GCC unroll 16
+  for (int row = 0; row < kRows; row++) {
+    __m512i sum = sums[0][row];
+    for (int step = 1; step < kStep; step++) sum = _mm512_add_epi32(sum, sums[step][row]);
+    sum = _mm512_sub_epi32(sum, _mm512_set1_epi32(static_cast<int32_t>(tile.sums[row])));
+    sum = _mm512_add_epi32(sum, bias);
+    const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), by_output);
+    _mm512_mask_storeu_ps(out + row * stride, mask, _mm512_mul_ps(scaled, _mm512_set1_ps(tile.scales[row])));
+  }
+}
+
+TARGET int32_t sum(const int8_t* row, int64_t count) { return sum_row(row, count); }
+TARGET float quantise(const float* x, int64_t count, int8_t* codes) { return quantise_row(x, count, codes); }
+TARGET void swiglu(float* gate, const float* up, int64_t count) { swiglu_row(gate, up, count); }
+
+#undef TARGET
+
+}  // namespace avx512
+#endif
+
+#define PATH(space) \
+  Path { {space::multiply<kIndex + 1>...}, space::sum, space::quantise, space::swiglu }
+
+template <int... kIndex>
+inline const Path& path_of(int path, std::integer_sequence<int, kIndex...>) {
+#ifdef __x86_64__
+  static const Path paths[] = {PATH(portable), PATH(avx2), PATH(avx512)};
+#else
+  static const Path paths[] = {PATH(portable)};
+#endif
+  return paths[path];
+}
+
+inline const Path& path_of(int path) { return path_of(path, std::make_integer_sequence<int, kTile>{}); }
+
+#undef PATH
+
+}  // namespace int8

@@ -1,0 +1,100 @@
+"""How a worker joins a router, by a link of two or in a group of all workers: one class per exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from common import process_group
+from common.errors import ConfigError
+from common.exchange.collective import CollectiveExpertExchange, join_group
+from common.exchange.links import LinksExpertExchange
+from common.exchange.routing import RowShape
+from expert_worker.messages import Prepare
+
+
+class JoinLink:
+    """Joins over a link of its own with each router."""
+
+    def __init__(self, exchange: LinksExpertExchange, data_address: str) -> None:
+        """Hand links to `exchange`; `data_address` is this host's."""
+        self.exchange = exchange
+        self._data_address = data_address
+
+    def join(self, message: Prepare, shape: RowShape, check: Callable[[], None]) -> None:
+        """Join the router; `check` raises where the epoch is wanted no longer once the link is up.
+
+        Raises:
+            LinkError: the router did not come.
+            ConfigError: the router exchanges rows in another way.
+        """
+        _check_exchange(message, "links")
+        link = process_group.join_pair(
+            message.host,
+            message.port,
+            prefix=message.prefix,
+            rank=1,
+            timeout_s=message.timeout_s,
+            data_address=self._data_address,
+        )
+        try:
+            check()
+            self.exchange.add_router(
+                message.term, message.epoch, message.incarnation, link, shape, experts_of(message)
+            )
+        except BaseException:
+            link.close()
+            raise
+
+
+class JoinGroup:
+    """Joins in one group per router, with all of its workers."""
+
+    def __init__(self, exchange: CollectiveExpertExchange, data_address: str, backend: str) -> None:
+        """Hand groups to `exchange`; `backend` is gloo, nccl or hccl."""
+        self.exchange = exchange
+        self._data_address = data_address
+        self._backend = backend
+
+    def join(self, message: Prepare, shape: RowShape, check: Callable[[], None]) -> None:
+        """Join the router and its other workers; `check` as in JoinLink.
+
+        Raises:
+            LinkError: somebody did not come.
+            ConfigError: the router exchanges rows in another way.
+        """
+        _check_exchange(message, "collective")
+        group = join_group(
+            message.host,
+            message.port,
+            message.prefix,
+            1 + message.ep_rank,
+            1 + message.ep_size,
+            message.timeout_s,
+            self._data_address,
+            self._backend,
+        )
+        try:
+            check()
+            self.exchange.add_router(
+                message.term, message.epoch, message.incarnation, group, shape, experts_of(message)
+            )
+        except BaseException:
+            group.close()
+            raise
+
+
+def experts_of(message: Prepare) -> dict[int, tuple[int, ...]]:
+    """The experts an epoch gives to this worker: layer_id -> checkpoint indices in local order."""
+    experts: dict[int, tuple[int, ...]] = {}
+    for layer_id, own in message.layers:
+        if isinstance(layer_id, int) and isinstance(own, list):
+            experts[layer_id] = tuple(own)
+    return experts
+
+
+def _check_exchange(message: Prepare, ours: str) -> None:
+    if message.exchange != ours:
+        raise ConfigError(
+            f"the router exchanges rows by {message.exchange!r} and this worker by {ours!r}: give both the "
+            "same ExpertMesh.exchange and ExpertMesh.device"
+        )

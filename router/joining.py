@@ -1,0 +1,156 @@
+"""How the router joins the workers of an epoch: a link with each, or one group of all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from common import process_group
+from common.errors import LinkError
+from common.exchange.collective import CollectiveRouterExchange, join_group
+from common.exchange.links import LinksRouterExchange
+from common.exchange.routing import RowShape
+from common.placement import Placement
+from common.process_group import PairLink, StoreServer
+from common.timeline import Timeline
+from router.messages import Connect
+
+LEAST_WAIT_S = 0.5
+"""What the last worker at its address gets, however long the others took."""
+
+EpochExchange = LinksRouterExchange | CollectiveRouterExchange
+
+
+class MemberMissing(LinkError):
+    """A worker did not come to its address."""
+
+    def __init__(self, ep_rank: int, error: LinkError) -> None:
+        super().__init__(str(error))
+        self.ep_rank = ep_rank
+
+
+@dataclass(frozen=True, slots=True)
+class LinkAddress:
+    """Where links are agreed on. Whoever holds it keeps the store's server alive.
+
+    Attributes:
+        data_address: this host's address on the data plane.
+        backend: of a group, as torch.distributed calls it: gloo, nccl or hccl.
+    """
+
+    store: StoreServer
+    data_address: str
+    backend: str
+
+
+@dataclass(frozen=True, slots=True)
+class RouterEnd:
+    """What is the same for every epoch of an engine.
+
+    Attributes:
+        term: the router's.
+        floor_s: shortest time a worker is given to answer.
+        ask_progress: a worker's progress by ep_rank, or None.
+        timeline: where the exchange records what it does, or None.
+    """
+
+    shape: RowShape
+    term: int
+    floor_s: float
+    ask_progress: Callable[[int], int | None]
+    timeline: Timeline | None
+
+
+def join_links(message: Connect, address: LinkAddress, end: RouterEnd) -> LinksRouterExchange:
+    """Join every worker by a link of its own.
+
+    Raises:
+        MemberMissing: a worker did not come in time.
+    """
+    deadline = time.monotonic() + message.timeout_s
+    links: list[PairLink] = []
+    try:
+        for member in message.members:
+            link = _join_link(member, address, deadline)
+            links.append(link)  # one by one: what was joined before a failure is closed below
+    except LinkError as error:
+        for link in links:
+            link.close()
+        raise MemberMissing(len(links), error) from error
+    return LinksRouterExchange(
+        links,
+        _names(message),
+        placement_of(message),
+        end.shape,
+        end.term,
+        _incarnations(message),
+        end.floor_s,
+        end.ask_progress,
+        end.timeline,
+    )
+
+
+def join_one_group(message: Connect, address: LinkAddress, end: RouterEnd) -> CollectiveRouterExchange:
+    """Join all workers in one group.
+
+    Raises:
+        MemberMissing: somebody did not come in time; nobody knows who.
+    """
+    try:
+        group = join_group(
+            address.store.host,
+            address.store.port,
+            str(message.members[0]["prefix"]),
+            0,
+            1 + len(message.members),
+            message.timeout_s,
+            address.data_address,
+            address.backend,
+        )
+    except LinkError as error:
+        raise MemberMissing(-1, error) from error
+    return CollectiveRouterExchange(
+        group,
+        _names(message),
+        placement_of(message),
+        end.shape,
+        end.term,
+        _incarnations(message),
+        end.floor_s,
+        end.ask_progress,
+        end.timeline,
+    )
+
+
+JOIN: dict[str, Callable[[Connect, LinkAddress, RouterEnd], EpochExchange]] = {
+    "links": join_links,
+    "collective": join_one_group,
+}
+
+
+def placement_of(message: Connect) -> Placement:
+    """The placement of an epoch, as it came over the channel."""
+    layers: dict[int, tuple[tuple[int, ...], ...]] = {}
+    for layer_id, *owners in message.layers:
+        layers[int(str(layer_id))] = tuple(tuple(owner) for owner in owners if isinstance(owner, list))
+    return Placement(layers)
+
+
+def _join_link(member: dict[str, int | str], address: LinkAddress, deadline: float) -> PairLink:
+    return process_group.join_pair(
+        address.store.host,
+        address.store.port,
+        prefix=str(member["prefix"]),
+        rank=0,
+        timeout_s=max(deadline - time.monotonic(), LEAST_WAIT_S),
+        data_address=address.data_address,
+    )
+
+
+def _names(message: Connect) -> list[str]:
+    return [str(member["worker"]) for member in message.members]
+
+
+def _incarnations(message: Connect) -> list[int]:
+    return [int(member["incarnation"]) for member in message.members]
