@@ -41,7 +41,7 @@ class Contest:
         scale = torch.rand(num_out) / 1000
         copies = range(self.num_copies)
         self._native = [kernel.pack_int8(weight, scale) for _ in copies]
-        self._flat = [packed.blocks.view(torch.int64) for packed in self._native]
+        self._flat = [packed.parts[0].view(torch.int64) for packed in self._native]
         self._onednn = [torch.ops.onednn.qlinear_prepack(weight, [16, num_in]) for _ in copies]
         self._bfloat16 = [(weight * scale.unsqueeze(1)).bfloat16() for _ in copies]
         self._scale, self._offsets = scale, torch.zeros(num_out, dtype=torch.int64)

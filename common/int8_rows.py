@@ -1,29 +1,45 @@
-"""Int8 arithmetic on CPUs, by oneDNN where it is exact: the bits of the reference, from packed weights.
+"""Int8 arithmetic on CPUs: by the native kernel where it was built, else by oneDNN where that is exact.
 
-Shapes: M rows, K in-features, N out-features.
+Both give the integers of the reference; the choice is made once per process.
+Shapes: M rows, K in-features, N out-features, R rows, D hidden_size, F moe_intermediate_size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from common import int8_reference, native_int8
 from common.int8_reference import (
     EXACT_COLUMNS,
     MAX_INT8,
     PackedInt8,
     int8_product,
-    quantize_rows,
     quantize_rows_static,
 )
+from common.native_int8 import NativeInt8, PackedWeight
 
-__all__ = ["PackedInt8", "int8_linear", "pack_int8", "quantize_rows", "quantize_rows_static"]
+__all__ = [
+    "PackedInt8",
+    "has_fused_experts",
+    "int8_experts",
+    "int8_linear",
+    "pack_int8",
+    "quantize_rows",
+    "quantize_rows_static",
+]
+
+logger = logging.getLogger(__name__)
 
 ZERO_POINT = 128
 """oneDNN takes unsigned rows: shifted up by this, whose share it takes off again in int32."""
+SLOW_PATH = "portable"
+"""The native kernel's path for any processor: exact, and slower than oneDNN."""
 PACKED_FOR_ROWS = 16
 """Rows a layout is chosen for. One for 16 was as quick for 1 and for 128 as their own, and none slower."""
 
@@ -31,13 +47,29 @@ Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 """[M, K] int8, a packed part, [N] float32 -> float32(sums) * scale, [M, N]."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Stock:
+    """torch's own operators: how a weight is packed, and what multiplies it."""
+
+    pack: Callable[[Tensor], Tensor]
+    product: Product
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:  # [M, K] -> [M, K] int8, [M] float32
+    """Quantise every row for itself, as the reference does."""
+    backend = _backend()
+    return backend.quantize_rows(x) if isinstance(backend, NativeInt8) else int8_reference.quantize_rows(x)
+
+
 def pack_int8(weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> PackedInt8:
     """Lay a weight out for `int8_linear`: [N, K] int8, [N] float32, [N] int32 or None. It may be kept."""
-    pack, _ = _layout()
+    backend = _backend()
+    if isinstance(backend, NativeInt8):
+        return backend.pack_int8(weight, scale, bias)
     if bias is None:
-        return PackedInt8((pack(weight),), scale, None)
+        return PackedInt8((backend.pack(weight),), scale, None)
     # Where a bias joins the sums they must still be whole numbers, which float32 holds for so many columns.
-    return PackedInt8(tuple(pack(part) for part in weight.split(EXACT_COLUMNS, dim=1)), scale, bias)
+    return PackedInt8(tuple(backend.pack(part) for part in weight.split(EXACT_COLUMNS, dim=1)), scale, bias)
 
 
 def int8_linear(rows: Tensor, row_scales: Tensor | None, packed: PackedInt8) -> Tensor:
@@ -45,7 +77,11 @@ def int8_linear(rows: Tensor, row_scales: Tensor | None, packed: PackedInt8) -> 
 
     sums = rows x weight + bias in int32, exactly; result = float32(sums) * scale * row_scales, in this order.
     """
-    _, product = _layout()
+    backend = _backend()
+    if isinstance(backend, NativeInt8) and isinstance(packed, PackedWeight):
+        scales = torch.ones(rows.shape[0]) if row_scales is None else row_scales
+        return backend.int8_linear(rows, scales, packed)
+    product = backend.product if isinstance(backend, _Stock) else _plain_product
     if packed.bias is None:
         output = product(rows, packed.parts[0], packed.scale)
     else:
@@ -57,10 +93,35 @@ def int8_linear(rows: Tensor, row_scales: Tensor | None, packed: PackedInt8) -> 
     return output if row_scales is None else output * row_scales.unsqueeze(-1)
 
 
+def has_fused_experts() -> bool:
+    """Whether one call runs all experts of a layer here."""
+    return isinstance(_backend(), NativeInt8)
+
+
+def int8_experts(
+    rows: Tensor,
+    row_scales: Tensor,
+    tokens_per_expert: Tensor,
+    gate_up: Sequence[PackedInt8],
+    down: Sequence[PackedInt8],
+) -> Tensor:  # [R, D] int8, [R] float32, [E_local], E_local x [2F, D], E_local x [D, F] -> [R, D] float32
+    """Run rows, sorted by expert, through all experts of a layer in one call; see has_fused_experts."""
+    backend = _backend()
+    if not isinstance(backend, NativeInt8):
+        raise TypeError("there is no fused kernel here: ask has_fused_experts first")
+    own = [[one for one in packed if isinstance(one, PackedWeight)] for packed in (gate_up, down)]
+    return backend.int8_experts(rows, row_scales, tokens_per_expert, *own)
+
+
 @cache
-def _layout() -> tuple[Callable[[Tensor], Tensor], Product]:
-    """Choose once per process: how a weight is packed, and what multiplies it."""
-    return (_pack_onednn, _onednn_product) if _is_onednn_exact() else (_pack_plainly, _plain_product)
+def _backend() -> NativeInt8 | _Stock:
+    if native_int8.is_available() and native_int8.available_paths()[-1] != SLOW_PATH:
+        return native_int8.load()
+    why = native_int8.why_unavailable() or "the native int8 kernel has no fast path for this processor"
+    logger.info("%s; torch's own operators are used", why)
+    if _is_onednn_exact():
+        return _Stock(_pack_onednn, _onednn_product)
+    return _Stock(_pack_plainly, _plain_product)
 
 
 def _is_onednn_exact() -> bool:

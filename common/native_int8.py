@@ -18,6 +18,7 @@ from torch import Tensor
 
 from common.errors import ConfigError
 from common.huge_pages import HugePageArena
+from common.int8_reference import PackedInt8
 from common.native.compiler import LIBRARY
 
 VERSION = 1
@@ -34,15 +35,15 @@ class _Weight(ctypes.Structure):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PackedWeight:
+class PackedWeight(PackedInt8):
     """A weight as the kernel reads it; made by `pack_int8`, of no use to anything else.
 
+    Its one part is [bytes] uint8: per 16 out-features the weights, the scales and the bias.
+
     Attributes:
-        blocks: [bytes] uint8: per 16 out-features the weights, the scales and the bias.
         view: its address and sizes.
     """
 
-    blocks: Tensor
     view: _Weight
 
 
@@ -86,7 +87,7 @@ class NativeInt8:
             *(weight.data_ptr(), weight_scale.data_ptr(), None if bias is None else bias.data_ptr()),
             *(num_out, num_in, blocks.data_ptr()),
         )
-        return PackedWeight(blocks, _Weight(blocks.data_ptr(), num_in, num_out))
+        return PackedWeight((blocks,), weight_scale, bias, _Weight(blocks.data_ptr(), num_in, num_out))
 
     def int8_linear(self, rows: Tensor, row_scales: Tensor, packed: PackedWeight) -> Tensor:
         """Multiply int8 rows: [M, K] int8, [M] float32 -> [M, N] float32.

@@ -53,10 +53,13 @@ class Connector:
     def _run(self, message: Connect) -> None:
         try:
             exchange = self._join(message, self._address, self._end)
-            size = len(message.members)
             self._deliver(
                 Membership(
-                    message.epoch, exchange, size, exchange.last_step_times, exchange.set_deadline_floor
+                    message.epoch,
+                    exchange,
+                    len(message.members),
+                    exchange.last_step_times,
+                    exchange.set_deadline_floor,
                 )
             )
         except Exception as error:

@@ -17,7 +17,7 @@ from common.errors import ControlError, RequestError, WorkerLost
 from common.exchange import Extra, RouterExchange, RowOrigins, StepHeader
 from common.row_limits import RowLimits
 from router.batch import Batch, build_batch
-from router.messages import Lost, ProposeTune, Rejected, Stats, Submit, Tokens, Tune, Tuned, TuneRefused
+from router.messages import Lost, Rejected, Stats, Submit, Tokens, Tune, Tuned, TuneRefused
 from router.model.latent_cache import LatentCache
 from router.plan import Plan
 from router.sampler import Draw, sample
@@ -73,7 +73,7 @@ class Engine:
         self._num_experts_per_tok = num_experts_per_tok
         self._tune = tune
         self._send = send
-        self._proposed: ProposeTune | None = None
+        self._proposed: Tune | None = None
         self._deadline_floor_s: float | None = None
         self._membership: Membership | None = None
         self._epoch = 0
@@ -113,30 +113,30 @@ class Engine:
         except RequestError as error:
             self._send(Rejected(message.request_id, str(error)))
 
-    def propose(self, message: ProposeTune) -> None:
+    def tune(self, message: Tune) -> None:
         """Say whether the next steps can be run in another way. Nothing changes before `commit`."""
         reason = problem_of(message)
         self._proposed = None if reason else message
         self._send(TuneRefused(message.tune_id, reason) if reason else Tuned(message.tune_id))
 
     def commit(self, tune_id: int) -> None:
-        """Run steps as the last proposal said, from the next one on.
+        """Run steps as the last Tune said, from the next one on.
 
         Raises:
             ControlError: that is not what was agreed to.
         """
-        agreed, self._proposed = self._proposed, None
-        if agreed is None or agreed.tune_id != tune_id:
-            raise ControlError(f"CommitTune {tune_id} follows no proposal of this id that was agreed to")
-        self._tune = Tune(**agreed.tune)
+        tune, self._proposed = self._proposed, None
+        if tune is None or tune.tune_id != tune_id:
+            raise ControlError(f"CommitTune {tune_id} follows no Tune of this id that was agreed to")
+        self._tune = tune
         self._scheduler.limits = replace(
             self._scheduler.limits,
-            max_batch_size=agreed.max_batch_size,
-            max_prefill_tokens=agreed.max_prefill_tokens,
+            max_batch_size=tune.max_batch_size,
+            max_prefill_tokens=tune.max_prefill_tokens,
         )
-        self._deadline_floor_s = agreed.deadline_floor_s
+        self._deadline_floor_s = tune.deadline_floor_s
         if self._membership is not None:
-            self._membership.set_deadline_floor(agreed.deadline_floor_s)
+            self._membership.set_deadline_floor(tune.deadline_floor_s)
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free its blocks."""

@@ -35,8 +35,8 @@ from router.messages import (
     Linked,
     LinkFailed,
     Progress,
-    ProposeTune,
     Submit,
+    Tune,
 )
 from router.progress_inquiry import ProgressInquiry
 
@@ -104,8 +104,8 @@ class EngineProcess:
         match message:
             case Submit():
                 engine.submit(message)
-            case ProposeTune():
-                engine.propose(message)
+            case Tune():
+                engine.tune(message)
             case CommitTune():
                 engine.commit(message.tune_id)
             case Abort():

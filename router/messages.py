@@ -12,23 +12,31 @@ from common.channel import Fatal, Shutdown, by_name
 
 @dataclass(frozen=True, slots=True)
 class Tune:
-    """How steps exchange rows. It can change between two of them.
+    """Can the next steps be run like this? Answered by Tuned or TuneRefused. CommitTune does it.
 
     Attributes:
+        tune_id: what the answer and CommitTune call it; a later Tune takes the place of this one.
         ep_level: 1 AllGather, 2 AllToAll.
         micro_batches: parts a step is cut into; one computes here while the rows of another are away.
         chunk_rows: most rows of one message at ep_level 2; 0 does not cut.
         buffer_factors: [[tokens, factor], ...], see common.row_limits.
         cutoff_factor: topk_scaling_factor where the cutoff is on, else None.
         cutoff_min_rows: the cutoff never bounds fewer rows.
+        max_batch_size: most sequences that run at a time.
+        max_prefill_tokens: most tokens of prompts in one step.
+        deadline_floor_s: shortest time an expert worker is given to answer.
     """
 
+    tune_id: int
     ep_level: int
     micro_batches: int
     chunk_rows: int
     buffer_factors: list[list[float]]
     cutoff_factor: float | None
     cutoff_min_rows: int
+    max_batch_size: int
+    max_prefill_tokens: int
+    deadline_floor_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +52,6 @@ class Configure:
         data_address: address on which links to expert workers are agreed on.
         exchange: how rows reach expert workers, "links" or "collective".
         experts_in_process: keep the routed experts in this process (loopback) instead of on expert workers.
-        deadline_floor_s: shortest time an expert worker is given to answer.
         trace_file: where the timeline of the first steps is written, or None.
     """
 
@@ -55,14 +62,11 @@ class Configure:
     kv_cache_bytes: int
     block_size: int
     max_seq_len: int | None
-    max_batch_size: int
-    max_prefill_tokens: int
     tune: dict[str, Any]
     term: int
     data_address: str
     exchange: str
     experts_in_process: bool
-    deadline_floor_s: float
     trace_file: str | None
 
 
@@ -112,25 +116,8 @@ class Submit:
 
 
 @dataclass(frozen=True, slots=True)
-class ProposeTune:
-    """Can the next steps be run like this? Answered by Tuned or TuneRefused. CommitTune does it.
-
-    Attributes:
-        tune_id: what the answer and CommitTune call it; a later proposal takes the place of this one.
-        tune: the fields of a Tune.
-        max_batch_size, max_prefill_tokens, deadline_floor_s: as in Configure.
-    """
-
-    tune_id: int
-    tune: dict[str, Any]
-    max_batch_size: int
-    max_prefill_tokens: int
-    deadline_floor_s: float
-
-
-@dataclass(frozen=True, slots=True)
 class CommitTune:
-    """From the next step on, run steps as the proposal of this id said; a step is not disturbed."""
+    """From the next step on, run steps as the Tune of this id said. What a step is doing is not disturbed."""
 
     tune_id: int
 
@@ -271,9 +258,7 @@ class Stats:
     workers: list[list[float]] = field(default_factory=list)
 
 
-TO_ENGINE = by_name(
-    Configure, Connect, Disconnect, Submit, ProposeTune, CommitTune, Abort, Progress, Shutdown
-)
+TO_ENGINE = by_name(Configure, Connect, Disconnect, Submit, Tune, CommitTune, Abort, Progress, Shutdown)
 TO_FRONT = by_name(
     *(Loading, Loaded, Linked, LinkFailed, Tokens, Lost, Rejected, AskProgress, Stats, Tuned, TuneRefused),
     Fatal,

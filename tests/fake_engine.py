@@ -1,8 +1,8 @@
 """An engine without a model: `python -m tests.fake_engine --channel-fd N` speaks router.messages and counts.
 
 Token i of an answer is (prompt[0] + i) % 100 + 10. A prompt that begins with 1 is answered slowly, 2 ends the
-process, 3 loses ep_rank 0, 4 is never answered. A proposal is agreed to, unless micro_batches is one of
-the numbers below. The number of steps it reports tells what is in force: 100 * ep_level + micro_batches.
+process, 3 loses ep_rank 0, 4 is never answered. Tune is agreed to, unless micro_batches is one of the numbers
+below. The number of steps it reports tells what is in force: 100 * ep_level + micro_batches.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from router.messages import (
     Loaded,
     Loading,
     Lost,
-    ProposeTune,
     Stats,
     Submit,
     Tokens,
+    Tune,
     Tuned,
     TuneRefused,
 )
@@ -49,7 +49,7 @@ class FakeEngine:
         self.running: dict[str, tuple[Submit, int]] = {}
         self.epoch = 0
         self.tuning = 0
-        self.proposed: ProposeTune | None = None
+        self.proposed: Tune | None = None
 
     def serve(self) -> None:
         threading.Thread(target=self.read, daemon=True).start()
@@ -77,7 +77,7 @@ class FakeEngine:
                 send(Loading(1, 2))
                 max_seq_len = message.max_seq_len or 64
                 send(Loaded(2, 8, message.block_size, max_seq_len, "127.0.0.1", 1))
-                self.put_in_force(message)
+                self.put_in_force(Tune(**message.tune))
             case Connect():
                 self.epoch = message.epoch
                 send(Linked(message.epoch))
@@ -92,7 +92,7 @@ class FakeEngine:
             case Abort():
                 self.running.pop(message.request_id, None)
                 self.report()
-            case ProposeTune():
+            case Tune():
                 self.consider(message)
             case _:
                 self.commit(message)
@@ -104,9 +104,9 @@ class FakeEngine:
             os._exit(4)
         self.put_in_force(self.proposed)
 
-    def consider(self, message: ProposeTune) -> None:
+    def consider(self, message: Tune) -> None:
         self.proposed = message
-        match message.tune["micro_batches"]:
+        match message.micro_batches:
             case n if n == DIES_WHEN_ASKED:
                 os._exit(3)
             case n if n == REFUSES:
@@ -116,8 +116,8 @@ class FakeEngine:
                 if n == AGREES_AND_DIES:
                     os._exit(3)
 
-    def put_in_force(self, message: Configure | ProposeTune) -> None:
-        self.tuning = 100 * int(message.tune["ep_level"]) + int(message.tune["micro_batches"])
+    def put_in_force(self, message: Tune) -> None:
+        self.tuning = 100 * message.ep_level + message.micro_batches
         self.report()
 
     def report(self) -> None:

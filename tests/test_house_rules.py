@@ -103,7 +103,7 @@ TORCH_FREE = (
         "common/topology",
         "common/topology_check",
     ),
-    *("common/lifeline", "common/native"),
+    "common/native",
 )
 EDGES = (
     *("expertmesh/", "router/front/", "router/__main__.py"),

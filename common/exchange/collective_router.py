@@ -195,13 +195,13 @@ class CollectiveRouterExchange:
         self._record("combine", start_ns, dispatched.layer_id)
         return combined
 
-    def set_deadline_floor(self, floor_s: float) -> None:
-        """Give the workers another shortest time to answer, from the next rows on."""
-        self._deadline.floor_s = floor_s
-
     def last_step_times(self) -> list[list[float]]:
         """Per ep_rank, seconds of the last step: [receive, compute, reply]."""
         return [list(times) for times in self._times]
+
+    def set_deadline_floor(self, floor_s: float) -> None:
+        """Give the workers another shortest time to answer, from the next rows on."""
+        self._deadline.floor_s = floor_s
 
     def close(self) -> None:
         """Drop the group; living workers are told, a dead one costs no time."""

@@ -113,12 +113,16 @@ class ExpertKernels(Protocol):
         tokens_per_expert: Tensor,
         packed: PackedInt8Experts,
         on_progress: Callable[[], None] | None = None,
+        is_grouped: bool = True,
     ) -> Tensor:
         """Run every row through its expert in int8, with the arguments of `experts`.
 
         Rows that are not quantised yet are quantised one by one, and so are the rows between the two
         products; SwiGLU is computed in float32 in between. The sums are exact, so that all devices agree
         but for the last bits of SwiGLU.
+
+        Args:
+            is_grouped: whether one fused call may run all experts, where the device has one.
 
         Returns:
             [R, D] in the dtype of `packed`, rounded once from float32.

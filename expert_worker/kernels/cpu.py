@@ -65,10 +65,17 @@ def int8_experts(
     tokens_per_expert: Tensor,
     packed: PackedInt8Experts,
     on_progress: Callable[[], None] | None = None,
+    is_grouped: bool = True,
 ) -> Tensor:  # [R, D] -> [R, D]
     """Run every row through its expert: quantise, multiply, SwiGLU in float32, quantise, multiply."""
     if row_scales is None:
         rows, row_scales = int8_rows.quantize_rows(rows)
+    if is_grouped and int8_rows.has_fused_experts():
+        fused = int8_rows.int8_experts(rows, row_scales, tokens_per_expert, packed.gate_up, packed.down)
+        if on_progress is not None:
+            for _ in range(int(tokens_per_expert.count_nonzero())):
+                on_progress()
+        return fused.to(packed.dtype)
     output = torch.empty(rows.shape, dtype=packed.dtype, device=rows.device)
     first = 0
     for expert, num_rows in enumerate(tokens_per_expert.tolist()):

@@ -75,6 +75,7 @@ def int8_experts(
     tokens_per_expert: Tensor,
     packed: PackedInt8Experts,
     on_progress: Callable[[], None] | None = None,
+    is_grouped: bool = True,
 ) -> Tensor:  # [R, D] -> [R, D]
     """Run every row through its expert: quantise, multiply, SwiGLU in float32, quantise, multiply."""
     if row_scales is None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from common.config import Config
 from common.errors import NotReady, ReloadRefused
-from router.messages import CommitTune, ProposeTune, Tune, Tuned, TuneRefused
+from router.messages import CommitTune, Tune, Tuned, TuneRefused
 
 TIMEOUT_S = 30.0
 """The engine answers between two steps: longer than any step."""
@@ -24,7 +24,7 @@ class Agreed:
 
 
 class EngineTuning:
-    """The front's end of ProposeTune. A later proposal takes the place of an earlier one."""
+    """The front's end of Tune. One proposal at a time; a later one takes the place of an earlier one."""
 
     def __init__(
         self,
@@ -66,14 +66,14 @@ class EngineTuning:
             ReloadRefused: it cannot.
             NotReady: it did not answer, or there is none to ask.
         """
-        if proposal_of(new, 0) == proposal_of(old, 0):
+        if tune_of(new, 0) == tune_of(old, 0):
             return None
         if not self._is_loaded():
             raise NotReady(f"the router's engine has not loaded yet: {UNCHANGED}; try again when it is ready")
         self._last_id += 1
         self._answer = asyncio.get_running_loop().create_future()
         agreed = Agreed(self._last_id, self._start)
-        self._send(proposal_of(new, self._last_id))
+        self._send(tune_of(new, self._last_id))
         try:
             async with asyncio.timeout(self._timeout_s):
                 await self._answer
@@ -102,24 +102,17 @@ class EngineTuning:
             self._answer.set_exception(error)
 
 
-def proposal_of(config: Config, tune_id: int) -> ProposeTune:
+def tune_of(config: Config, tune_id: int) -> Tune:
     """What of a configuration the running engine can take up."""
-    return ProposeTune(
-        tune_id=tune_id,
-        tune=asdict(tune_of(config)),
-        max_batch_size=config.max_batch_size,
-        max_prefill_tokens=config.max_prefill_tokens,
-        deadline_floor_s=config.deadline_floor_s,
-    )
-
-
-def tune_of(config: Config) -> Tune:
-    """How rows are exchanged: what of a configuration acts from one step to the next."""
     return Tune(
+        tune_id=tune_id,
         ep_level=config.ep_level,
         micro_batches=config.micro_batches,
         chunk_rows=config.chunk_rows,
         buffer_factors=[[tokens, factor] for tokens, factor in config.alltoall_ep_buffer_scale_factors],
         cutoff_factor=config.cutoff_factor,
         cutoff_min_rows=config.cutoff_min_rows,
+        max_batch_size=config.max_batch_size,
+        max_prefill_tokens=config.max_prefill_tokens,
+        deadline_floor_s=config.deadline_floor_s,
     )

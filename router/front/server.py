@@ -315,14 +315,11 @@ class Front:
             kv_cache_bytes=config.kv_cache_bytes,
             block_size=config.block_size,
             max_seq_len=config.max_seq_len,
-            max_batch_size=config.max_batch_size,
-            max_prefill_tokens=config.max_prefill_tokens,
-            tune=asdict(tune_of(config)),
+            tune=asdict(tune_of(config, 0)),
             term=self.term,
             data_address=config.data_address,
             exchange=config.exchange,
             experts_in_process=config.experts_in_process,
-            deadline_floor_s=config.deadline_floor_s,
             trace_file=None if config.trace_file is None else str(Path(config.trace_file).resolve()),
         )
 

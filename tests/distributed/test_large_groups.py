@@ -24,7 +24,7 @@ from router.front.server import Front
 from router.messages import CommitTune
 from tests.distributed.forked_executor import PATH_VARIABLE
 from tests.e2e.fleet import fleet_of, generate
-from tests.router.engine_child import propose, tune
+from tests.router.engine_child import tune
 from tests.tiny_checkpoint import write_checkpoint
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.distributed, pytest.mark.slow]
@@ -151,7 +151,7 @@ async def test_a_large_group_gives_the_answers_of_one_process_at_both_levels_wit
 ) -> None:
     async with forkserver(tmp_path) as server, fleet(tmp_path, model, num_workers) as (front, address):
         for ep_level in (1, 2, 1):
-            front.engine.send(propose(tune(ep_level), ep_level, deadline_floor_s=30.0))
+            front.engine.send(tune(ep_level, tune_id=ep_level, deadline_floor_s=30.0))
             front.engine.send(CommitTune(ep_level))
             found = [await greedy(address, prompt) for prompt in PROMPTS]
             together = await asyncio.gather(*(greedy(address, prompt) for prompt in PROMPTS))

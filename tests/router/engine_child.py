@@ -15,18 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.channel import Fatal, decode, encode
-from router.messages import (
-    TO_FRONT,
-    Configure,
-    Loaded,
-    Lost,
-    ProposeTune,
-    Rejected,
-    Stats,
-    Submit,
-    Tokens,
-    Tune,
-)
+from router.messages import TO_FRONT, Configure, Loaded, Lost, Rejected, Stats, Submit, Tokens, Tune
 
 START_TIMEOUT_S = 60.0
 ANSWER_TIMEOUT_S = 60.0
@@ -123,24 +112,22 @@ def note(answer: Answer, event: dict[str, Any]) -> None:
 def tune(ep_level: int = 2, micro_batches: int = 1, **other: Any) -> Tune:
     """How rows are exchanged: everything at once, unless said otherwise."""
     fields: dict[str, Any] = {
+        "tune_id": 0,
         "ep_level": ep_level,
         "micro_batches": micro_batches,
         "chunk_rows": 0,
         "buffer_factors": [[0, 8.0]],
         "cutoff_factor": None,
         "cutoff_min_rows": 4096,
+        "max_batch_size": 8,
+        "max_prefill_tokens": 64,
+        "deadline_floor_s": 0.25,
     }
     return Tune(**fields | other)
 
 
-def propose(tune: Tune, tune_id: int = 1, **other: Any) -> ProposeTune:
-    """May steps be run like this? With the limits of `configure`, unless said otherwise."""
-    fields: dict[str, Any] = {"max_batch_size": 8, "max_prefill_tokens": 64, "deadline_floor_s": 0.25}
-    return ProposeTune(tune_id, asdict(tune), **fields | other)
-
-
 def configure(model_path: Path, **overrides: Any) -> Configure:
-    """The Configure of a small engine with its experts in its own process."""
+    """The Configure of a small engine with its experts in its own process; overrides may be a Tune's."""
     fields: dict[str, Any] = {
         "model_path": str(model_path),
         "dtype": "float32",
@@ -149,17 +136,14 @@ def configure(model_path: Path, **overrides: Any) -> Configure:
         "kv_cache_bytes": 8 << 20,
         "block_size": 16,
         "max_seq_len": None,
-        "max_batch_size": 8,
-        "max_prefill_tokens": 64,
-        "tune": asdict(tune()),
         "term": 1,
         "data_address": "127.0.0.1",
         "exchange": "links",
         "experts_in_process": True,
-        "deadline_floor_s": 0.25,
         "trace_file": None,
     }
-    return Configure(**fields | overrides)
+    tuned = {name: overrides.pop(name) for name in Tune.__dataclass_fields__ if name in overrides}
+    return Configure(**fields | {"tune": asdict(tune(**tuned))} | overrides)
 
 
 @contextmanager

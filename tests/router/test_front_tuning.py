@@ -12,9 +12,9 @@ import pytest
 from common.config import MARKS, Config, resolve
 from common.errors import NotReady, ReloadRefused
 from common.reload_class import HOT
-from router.front.engine_tuning import EngineTuning, proposal_of
+from router.front.engine_tuning import EngineTuning, tune_of
 from router.front.server import Front
-from router.messages import CommitTune, ProposeTune, Tuned, TuneRefused
+from router.messages import CommitTune, Tune, Tuned, TuneRefused
 from tests.router.front_fleet import front_config
 
 OTHER: dict[str, Any] = {
@@ -29,9 +29,9 @@ OTHER: dict[str, Any] = {
     "max_batch_size": 7,
     "max_iter_times": 7,
     "micro_batches": 7,
+    "chunk_rows": 7,
     "grouped_matmul": "off",
     "cutoff_min_rows": 7,
-    "chunk_rows": 7,
     "deadline_floor_s": 7.0,
     "drain_timeout_s": 7.0,
     "log_level": "error",
@@ -78,7 +78,7 @@ def test_every_hot_field_that_a_new_engine_is_configured_with_reaches_the_runnin
     old, before = effective.config, as_configured(effective.config)
     for field, value in OTHER.items():
         new = old.model_copy(update={field: value})
-        assert (as_configured(new) != before) == (proposal_of(new, 0) != proposal_of(old, 0)), field
+        assert (as_configured(new) != before) == (tune_of(new, 0) != tune_of(old, 0)), field
 
 
 @pytest.mark.asyncio
@@ -96,8 +96,8 @@ async def test_what_was_agreed_to_is_committed_by_its_id() -> None:
     bench = Bench()
     task = await bench.ask()
     (tune,) = bench.sent
-    assert isinstance(tune, ProposeTune)
-    assert tune == proposal_of(bench.new, tune.tune_id)
+    assert isinstance(tune, Tune)
+    assert tune == tune_of(bench.new, tune.tune_id)
     bench.tuning.answered(Tuned(tune.tune_id))
     bench.tuning.commit(await task)
     assert bench.sent == [tune, CommitTune(tune.tune_id)]

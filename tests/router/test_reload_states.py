@@ -19,10 +19,10 @@ from common.config import resolve
 from common.errors import ExpertMeshError
 from router.front.config_history import ConfigHistory
 from router.front.config_in_force import ConfigInForce
-from router.front.engine_tuning import EngineTuning, proposal_of
+from router.front.engine_tuning import EngineTuning, tune_of
 from router.front.reload import Outcome, Proposal, Reload
 from router.front.version_files import VersionFiles
-from router.messages import CommitTune, ProposeTune, Tuned, TuneRefused
+from router.messages import CommitTune, Tune, Tuned, TuneRefused
 from tests.router.test_config_history import Crash, failing_at
 
 AGREES, REFUSES, SILENT, DIES, AGREES_AND_DIES, IS_REPLACED = range(6)
@@ -46,8 +46,8 @@ class World:
     def __init__(self, folder: Path, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self.behaviour = AGREES
-        self.engine: ProposeTune | None = None
-        self._proposed: ProposeTune | None = None
+        self.engine: Tune | None = None
+        self._proposed: Tune | None = None
         self.history = ConfigHistory(VersionFiles(folder / "state"))
         self.in_force = ConfigInForce(resolve(folder / "config.json"), self.history)
         self.tuning = EngineTuning(
@@ -59,7 +59,7 @@ class World:
     def restart_engine(self) -> None:
         """What KeptChild does: the next engine is configured with what is in force at that moment."""
         self.tuning.engine_started()
-        self._proposed, self.engine = None, proposal_of(self.in_force.config, 0)
+        self._proposed, self.engine = None, tune_of(self.in_force.config, 0)
 
     def kill_engine(self) -> None:
         self.engine = None
@@ -72,7 +72,7 @@ class World:
             assert self._proposed is not None
             assert self._proposed.tune_id == message.tune_id
             self.engine = self._proposed
-        elif isinstance(message, ProposeTune):
+        elif isinstance(message, Tune):
             self._proposed = message
             self.loop.call_soon(self._answer, message.tune_id)
 
@@ -250,7 +250,7 @@ class ReloadMachine(RuleBasedStateMachine):
         assert in_force.config == alone
         engine = self.now.engine
         assert engine is not None
-        assert proposal_of(alone, engine.tune_id) == engine
+        assert tune_of(alone, engine.tune_id) == engine
         assert [(version.number, version.document) for version in self.now.history.versions] == self.kept
 
     @staticmethod

@@ -1,0 +1,1 @@
+"""Trains the demo model in examples/demo_model."""
