@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 LEAST_INTERVAL_S = 0.1
 LONGEST_INTERVAL_S = 3600.0
+MOST_LETTERS = 1 << 20
+"""Of a configuration: far more than one needs, and few enough for the history to read it again."""
 
 
 class AdminService(admin_pb2_grpc.AdminServiceServicer):
@@ -148,6 +150,10 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
 
 
 def _document(text: str) -> dict[str, Any]:
+    if len(text) > MOST_LETTERS:
+        raise RequestError(
+            "config_json", f"config_json has {len(text)} letters, but at most {MOST_LETTERS} are taken"
+        )
     try:
         document = parse_json(text, "config_json")
     except ConfigError as error:

@@ -94,7 +94,7 @@ class VersionFiles:
             "document": version.document,
         }
         try:
-            self._write_whole(unfinished, json.dumps(fields, indent=2).encode())
+            self._write_whole(unfinished, json.dumps(fields).encode())
             # Before this line the version is not there, after it all of it is.
             os.replace(unfinished, path)
             self._sync_directory()

@@ -13,7 +13,6 @@ import torch
 from common import process_group
 from common.errors import LinkError, WorkerLost
 from common.exchange import StepHeader
-from common.exchange.links_router import LinksRouterExchange
 from common.exchange.loopback import LoopbackExchange
 from common.exchange.routing import RowShape
 from common.placement import contiguous
@@ -81,15 +80,17 @@ def test_a_lost_worker_is_named_with_layer_and_phase(
             child.wait(5)
 
 
-def test_another_deadline_floor_acts_from_the_next_rows_on() -> None:
+@pytest.mark.parametrize("kind", ["links", "collective"])
+def test_another_deadline_floor_acts_from_the_next_rows_on(kind: str) -> None:
     placement, shape = contiguous(E, 2, [LAYER]), RowShape(D, K, torch.float32)
     store = process_group.open_store("127.0.0.1")
-    children = [fleet.start_worker(store, rank, placement, shape, 0.05) for rank in range(2)]
+    children = [fleet.start_worker(store, rank, placement, shape, 0.05, kind) for rank in range(2)]
     try:
-        router = fleet.join_workers(store, placement, shape, floor_s=60.0, ask_progress=lambda rank: 1)
+        router = fleet.join_workers(
+            store, placement, shape, kind=kind, floor_s=60.0, ask_progress=lambda rank: 1
+        )
         given = inputs(17, torch.float32)
         assert torch.equal(run_step(router, 0, 2, given, fleet.TERM), naive(*given))
-        assert isinstance(router, LinksRouterExchange)
         router.set_deadline_floor(0.3)
         router.begin(StepHeader(fleet.TERM, fleet.EPOCH, 1, 2, 17))
         flight = router.dispatch(LAYER, 0, *given)

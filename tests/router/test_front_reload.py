@@ -85,6 +85,8 @@ async def test_a_dry_run_says_everything_and_changes_nothing(tmp_path: Path) -> 
     [
         ("{", ["config_json"], "no JSON"),
         ("[]", ["config_json"], "must be a JSON object"),
+        (f'{{"a": "{"x" * (1 << 20)}"}}', ["config_json"], "at most 1048576 are taken"),
+        ("[" * 100_000, ["config_json"], "no JSON"),
         ('{"a": 1, "a": 2}', ["config_json"], "stands twice"),
         ('{"ExpertMesh": {"microBatches": 9}}', ["ExpertMesh.microBatches"], "at most 8"),
         ('{"ExpertMesh": {"unknown": 9}}', ["ExpertMesh.unknown"], "no key of its section"),
