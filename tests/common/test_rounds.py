@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common.exchange.rounds import cut_rounds
-from common.exchange.routing import layer_table, sort_rows
+from common.exchange.routing import layer_table, place_slots, sort_rows
 
 OWNERS = ((4, 0, 2), (), (1, 3))
 
@@ -17,7 +17,8 @@ OWNERS = ((4, 0, 2), (), (1, 3))
 def test_rounds_carry_every_row_once_and_count_it_for_its_expert(round_rows: int) -> None:
     scores = torch.rand(23, 5, generator=torch.Generator().manual_seed(1))
     topk_ids = scores.topk(2).indices
-    sorted_rows = sort_rows(topk_ids, layer_table(OWNERS))
+    table = layer_table(OWNERS)
+    sorted_rows = sort_rows(place_slots(topk_ids, table), table)
     carried: list[list[int]] = [[] for _ in OWNERS]
     for one in cut_rounds(sorted_rows, round_rows):
         assert any(end > begin for begin, end in one.parts)
