@@ -64,7 +64,7 @@ EMPTY_INITS = (
 # These run with neither torch nor safetensors: they start in milliseconds and outlive what torch may do.
 TORCH_FREE = (
     *("expertmesh", "router/front", "router/__main__", "router/messages", "router/sequence", "router/plan"),
-    *("router/placement", "router/scheduler", "router/block_allocator", "router/tokenizer"),
+    *("router/placement", "router/scheduler", "router/block_allocator", "router/tokenizer", "router/chat"),
     *(
         "expert_worker/__main__",
         "expert_worker/agent",
