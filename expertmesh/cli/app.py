@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from expertmesh.cli.bench import bench
+from expertmesh.cli.chat import chat
 from expertmesh.cli.config import config
 from expertmesh.cli.generate import generate
 from expertmesh.cli.status import status
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 app.command()(up)
 app.command()(generate)
+app.command()(chat)
 app.command()(status)
 app.add_typer(config)
 app.add_typer(bench)
