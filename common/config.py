@@ -48,11 +48,13 @@ keys to values: {"ServerConfig.port": 0, "ModelConfig.worldSize": 4, "ExpertMesh
 | worker_id                        | ExpertMesh.workerId                       | None: the worker's choice  |
 | agent_host, agent_port           | ExpertMesh.agentAddress, .agentPort       | data_address, 0            |
 | advertise_address                | ExpertMesh.advertiseAddress (HOST:PORT)   | None: as agent_host        |
+| state_dir                        | ExpertMesh.stateDir                       | None: nothing is kept      |
 | warnings                         | what is in the file and does not act      | ()                         |
 """
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,6 +69,7 @@ from common.config_problems import validated
 from common.config_rules import group_of, problems_of, warnings
 from common.errors import ConfigError
 from common.json_file import shown_path
+from common.reload_class import DRAIN, FLEET, HOT, ROUTER, WORKERS, ReloadClass
 
 TOKEN_VARIABLE = "EXPERTMESH_FLEET_TOKEN"
 GIGABYTE = 1 << 30
@@ -74,9 +77,10 @@ GIGABYTE = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class At:
-    """The key a field of `Config` is taken from, as overrides name it."""
+    """The key a field of `Config` is taken from, as overrides name it, and how a change takes effect."""
 
     key: str
+    reload: ReloadClass
 
 
 class Config(BaseModel):
@@ -84,56 +88,57 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    host: Annotated[str, At("ServerConfig.ipAddress")]
-    port: Annotated[int, At("ServerConfig.port")]
-    management_host: Annotated[str, At("ServerConfig.managementIpAddress")]
-    management_port: Annotated[int, At("ServerConfig.managementPort")]
-    model_name: Annotated[str, At("ModelConfig.modelName")]
-    model_path: Annotated[str | None, At("ModelConfig.modelWeightPath")]
-    world_size: Annotated[int, At("ModelConfig.worldSize")]
-    moe_ep: Annotated[int, At("ModelConfig.moe_ep")]
-    moe_tp: Annotated[int, At("ModelConfig.moe_tp")]
-    ep_level: Annotated[int, At("models.deepseekv2.ep_level")]
-    enable_init_routing_cutoff: Annotated[bool, At("models.deepseekv2.enable_init_routing_cutoff")]
-    topk_scaling_factor: Annotated[float | None, At("models.deepseekv2.topk_scaling_factor")]
+    host: Annotated[str, At("ServerConfig.ipAddress", ROUTER)]
+    port: Annotated[int, At("ServerConfig.port", ROUTER)]
+    management_host: Annotated[str, At("ServerConfig.managementIpAddress", ROUTER)]
+    management_port: Annotated[int, At("ServerConfig.managementPort", ROUTER)]
+    model_name: Annotated[str, At("ModelConfig.modelName", HOT)]
+    model_path: Annotated[str | None, At("ModelConfig.modelWeightPath", FLEET)]
+    world_size: Annotated[int, At("ModelConfig.worldSize", FLEET)]
+    moe_ep: Annotated[int, At("ModelConfig.moe_ep", FLEET)]
+    moe_tp: Annotated[int, At("ModelConfig.moe_tp", FLEET)]
+    ep_level: Annotated[int, At("models.deepseekv2.ep_level", HOT)]
+    enable_init_routing_cutoff: Annotated[bool, At("models.deepseekv2.enable_init_routing_cutoff", HOT)]
+    topk_scaling_factor: Annotated[float | None, At("models.deepseekv2.topk_scaling_factor", HOT)]
     alltoall_ep_buffer_scale_factors: Annotated[
-        tuple[tuple[int, float], ...], At("models.deepseekv2.alltoall_ep_buffer_scale_factors")
+        tuple[tuple[int, float], ...], At("models.deepseekv2.alltoall_ep_buffer_scale_factors", HOT)
     ]
-    kv_cache_bytes: Annotated[int, At("ModelConfig.cpuMemSize")]
-    max_seq_len: Annotated[int | None, At("ModelDeployConfig.maxSeqLen")]
-    max_input_token_len: Annotated[int | None, At("ModelDeployConfig.maxInputTokenLen")]
-    truncation: Annotated[int, At("ModelDeployConfig.truncation")]
-    block_size: Annotated[int, At("ScheduleConfig.cacheBlockSize")]
-    max_prefill_tokens: Annotated[int, At("ScheduleConfig.maxPrefillTokens")]
-    max_batch_size: Annotated[int, At("ScheduleConfig.maxBatchSize")]
-    max_iter_times: Annotated[int | None, At("ScheduleConfig.maxIterTimes")]
-    fleet_host: Annotated[str, At("ExpertMesh.fleetAddress")]
-    fleet_port: Annotated[int, At("ExpertMesh.fleetPort")]
-    data_address: Annotated[str, At("ExpertMesh.dataAddress")]
-    device: Annotated[str, At("ExpertMesh.device")]
-    dtype: Annotated[str, At("ExpertMesh.dtype")]
-    exchange: Annotated[str, At("ExpertMesh.exchange")]
-    micro_batches: Annotated[int, At("ExpertMesh.microBatches")]
-    chunk_rows: Annotated[int, At("ExpertMesh.chunkRows")]
-    redundant_experts: Annotated[int, At("ExpertMesh.redundantExperts")]
-    expert_load_file: Annotated[str | None, At("ExpertMesh.expertLoadFile")]
-    grouped_matmul: Annotated[str, At("ExpertMesh.groupedMatmul")]
-    topology: Annotated[str, At("ExpertMesh.topology")]
-    cutoff_min_rows: Annotated[int, At("ExpertMesh.cutoffMinRows")]
-    experts_in_process: Annotated[bool, At("ExpertMesh.expertsInProcess")]
-    threads: Annotated[int | None, At("ExpertMesh.threads")]
-    register_timeout_s: Annotated[float, At("ExpertMesh.registerTimeoutSeconds")]
-    deadline_floor_s: Annotated[float, At("ExpertMesh.deadlineFloorSeconds")]
-    drain_timeout_s: Annotated[float, At("ExpertMesh.drainTimeoutSeconds")]
-    trace_file: Annotated[str | None, At("ExpertMesh.traceFile")]
-    log_level: Annotated[str, At("ExpertMesh.logLevel")]
-    max_queued_requests: Annotated[int, At("ExpertMesh.maxQueuedRequests")]
-    fleet_token_file: Annotated[str | None, At("ExpertMesh.fleetTokenFile")]
-    router: Annotated[str | None, At("ExpertMesh.router")]
-    worker_id: Annotated[str | None, At("ExpertMesh.workerId")]
-    agent_host: Annotated[str, At("ExpertMesh.agentAddress")]
-    agent_port: Annotated[int, At("ExpertMesh.agentPort")]
-    advertise_address: Annotated[str | None, At("ExpertMesh.advertiseAddress")]
+    kv_cache_bytes: Annotated[int, At("ModelConfig.cpuMemSize", DRAIN)]
+    max_seq_len: Annotated[int | None, At("ModelDeployConfig.maxSeqLen", DRAIN)]
+    max_input_token_len: Annotated[int | None, At("ModelDeployConfig.maxInputTokenLen", HOT)]
+    truncation: Annotated[int, At("ModelDeployConfig.truncation", HOT)]
+    block_size: Annotated[int, At("ScheduleConfig.cacheBlockSize", DRAIN)]
+    max_prefill_tokens: Annotated[int, At("ScheduleConfig.maxPrefillTokens", HOT)]
+    max_batch_size: Annotated[int, At("ScheduleConfig.maxBatchSize", HOT)]
+    max_iter_times: Annotated[int | None, At("ScheduleConfig.maxIterTimes", HOT)]
+    fleet_host: Annotated[str, At("ExpertMesh.fleetAddress", FLEET)]
+    fleet_port: Annotated[int, At("ExpertMesh.fleetPort", FLEET)]
+    data_address: Annotated[str, At("ExpertMesh.dataAddress", FLEET)]
+    device: Annotated[str, At("ExpertMesh.device", FLEET)]
+    dtype: Annotated[str, At("ExpertMesh.dtype", FLEET)]
+    exchange: Annotated[str, At("ExpertMesh.exchange", FLEET)]
+    micro_batches: Annotated[int, At("ExpertMesh.microBatches", HOT)]
+    chunk_rows: Annotated[int, At("ExpertMesh.chunkRows", HOT)]
+    redundant_experts: Annotated[int, At("ExpertMesh.redundantExperts", ROUTER)]
+    expert_load_file: Annotated[str | None, At("ExpertMesh.expertLoadFile", ROUTER)]
+    grouped_matmul: Annotated[str, At("ExpertMesh.groupedMatmul", HOT)]
+    topology: Annotated[str, At("ExpertMesh.topology", ROUTER)]
+    cutoff_min_rows: Annotated[int, At("ExpertMesh.cutoffMinRows", HOT)]
+    experts_in_process: Annotated[bool, At("ExpertMesh.expertsInProcess", FLEET)]
+    threads: Annotated[int | None, At("ExpertMesh.threads", FLEET)]
+    register_timeout_s: Annotated[float, At("ExpertMesh.registerTimeoutSeconds", WORKERS)]
+    deadline_floor_s: Annotated[float, At("ExpertMesh.deadlineFloorSeconds", HOT)]
+    drain_timeout_s: Annotated[float, At("ExpertMesh.drainTimeoutSeconds", HOT)]
+    trace_file: Annotated[str | None, At("ExpertMesh.traceFile", ROUTER)]
+    log_level: Annotated[str, At("ExpertMesh.logLevel", HOT)]
+    max_queued_requests: Annotated[int, At("ExpertMesh.maxQueuedRequests", HOT)]
+    fleet_token_file: Annotated[str | None, At("ExpertMesh.fleetTokenFile", FLEET)]
+    router: Annotated[str | None, At("ExpertMesh.router", WORKERS)]
+    worker_id: Annotated[str | None, At("ExpertMesh.workerId", WORKERS)]
+    agent_host: Annotated[str, At("ExpertMesh.agentAddress", WORKERS)]
+    agent_port: Annotated[int, At("ExpertMesh.agentPort", WORKERS)]
+    advertise_address: Annotated[str | None, At("ExpertMesh.advertiseAddress", WORKERS)]
+    state_dir: Annotated[str | None, At("ExpertMesh.stateDir", ROUTER)]
     warnings: tuple[str, ...] = ()
 
     @property
@@ -142,12 +147,14 @@ class Config(BaseModel):
         return (self.topk_scaling_factor or 1.0) if self.enable_init_routing_cutoff else None
 
 
-KEYS = {
-    name: mark.key
+MARKS = {
+    name: mark
     for name, field in Config.model_fields.items()
     for mark in field.metadata
     if isinstance(mark, At)
 }
+"""The mark of each field that has one: all but `warnings`."""
+KEYS = {name: mark.key for name, mark in MARKS.items()}
 """The key of each field that has one, like "ModelConfig.worldSize"."""
 
 
@@ -162,10 +169,28 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = 
 
 @dataclass(frozen=True, slots=True)
 class Effective:
-    """The configuration, and where each of its fields came from."""
+    """The configuration, and where each of its fields came from.
+
+    Attributes:
+        document: the file as it was given, without what the environment and the overrides put into it.
+        file: where it stands; None: nowhere.
+        paths: the JSON path of each field.
+    """
 
     config: Config
     origins: dict[str, Origin]
+    document: dict[str, Any]
+    file: Path | None
+    overrides: Mapping[str, Any]
+    paths: dict[str, str]
+
+    def replaced_by(self, document: dict[str, Any], source: str) -> Effective:
+        """Resolve another document in the same place: same file, environment and overrides.
+
+        Raises:
+            ConfigError: one sentence for each bad value; `source` says where the document is from.
+        """
+        return _resolve(document, self.file, self.overrides, source)
 
 
 def resolve(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Effective:
@@ -174,8 +199,14 @@ def resolve(path: Path | None = None, overrides: Mapping[str, Any] | None = None
     Raises:
         ConfigError: one sentence for each bad value, with the JSON path, the value found, and the rule.
     """
-    overrides = overrides or {}
     document = {} if path is None else read_document(path)
+    return _resolve(document, path, overrides or {}, "" if path is None else shown_path(path))
+
+
+def _resolve(
+    given: dict[str, Any], path: Path | None, overrides: Mapping[str, Any], source: str
+) -> Effective:
+    document = copy.deepcopy(given)
     environment = {name: text for name, text in os.environ.items() if name != TOKEN_VARIABLE}
     variables, values, unknown = variables_of(environment)
     variables = {key: variable for key, variable in variables.items() if key not in overrides}
@@ -189,12 +220,17 @@ def resolve(path: Path | None = None, overrides: Mapping[str, Any] | None = None
     bad = frozenset[str]().union(*(problem.keys for problem in problems))
     problems += [problem for problem in problems_of(file, sections) if not problem.keys & bad]
     if problems:
-        source = "" if path is None else f"{shown_path(path)}: "
-        raise ConfigError(*(f"{source}{problem.sentence}" for problem in problems))
+        before = f"{source}: " if source else ""
+        raise ConfigError(
+            *(f"{before}{problem.sentence}" for problem in problems),
+            paths=tuple(problem.path for problem in problems),
+        )
     derived, inferred = _derive(sections)
     taken = {name: sections.value(key) for name, key in KEYS.items()}
     config = Config(**{**taken, **derived}, warnings=(*warnings(file, sections), *unknown))
-    return Effective(config, origins_of(KEYS, sections, variables, overrides, inferred))
+    origins = origins_of(KEYS, sections, variables, overrides, inferred)
+    paths = {name: sections.path(key) for name, key in KEYS.items()}
+    return Effective(config, origins, given, path, overrides, paths)
 
 
 def _derive(sections: Sections) -> tuple[dict[str, Any], dict[str, str]]:

@@ -43,9 +43,15 @@ RULES: dict[str, Callable[[Mapping[str, Any]], str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One sentence about a bad value. `keys` are the last keys of the JSON paths that it is about."""
+    """One sentence about a bad value.
+
+    Attributes:
+        keys: the last keys of all JSON paths that it is about.
+        path: the JSON path that it begins with.
+    """
 
     keys: frozenset[str]
+    path: str
     sentence: str
 
 
@@ -67,7 +73,7 @@ def validated(document: dict[str, Any], variables: Mapping[str, str]) -> tuple[C
             found = error.errors(include_url=False)
         for one in found:
             key = remove(document, one["loc"])
-            problems.append(Problem(frozenset({key}), _sentence(one, variables)))
+            problems.append(Problem(frozenset({key}), _path(one), _sentence(one, variables)))
         before, text = text, json.dumps(document)
     return ConfigFile(), problems
 
@@ -109,9 +115,13 @@ def json_line(value: Any, most: int = MOST_LETTERS) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
-def _sentence(error: Any, variables: Mapping[str, str]) -> str:
+def _path(error: Any) -> str:
     # What is missing has no place of its own: the sentence is about what lacks it.
-    path = json_path(error["loc"][:-1] if error["type"] == "missing" else error["loc"])
+    return json_path(error["loc"][:-1] if error["type"] == "missing" else error["loc"])
+
+
+def _sentence(error: Any, variables: Mapping[str, str]) -> str:
+    path = _path(error)
     if error["type"] == "json_invalid":
         return f"{path} is no valid JSON: {error['ctx']['error']}"
     if error["type"] == "extra_forbidden":

@@ -62,7 +62,7 @@ def problems_of(file: ConfigFile, sections: Sections) -> Iterator[Problem]:
     for key, is_twice in twice.items():
         if is_twice:
             sentence = f"{key} stands at the top level and inside BackendConfig: keep one of them"
-            yield Problem(frozenset({key}), sentence)
+            yield Problem(frozenset({key}), key, sentence)
     yield from _group(sections)
     yield from _trust(sections)
     yield from refusals(sections)
@@ -96,12 +96,14 @@ def _group(sections: Sections) -> Iterator[Problem]:
     if product != group.world_size:
         yield Problem(
             keys,
+            f"{path}.worldSize",
             f"{path}.worldSize is {group.world_size}, but it must equal moe_ep * moe_tp, and "
             f"{group.moe_ep} * {group.moe_tp} is {product}: leave moe_ep and moe_tp out, or make them fit",
         )
     if group.moe_tp != 1 and (product == group.world_size or "moe_tp" not in group.inferred):
         yield Problem(
             keys,
+            f"{path}.moe_tp",
             f"{path}.moe_tp is {group.moe_tp}, but an expert cannot be divided among workers in this "
             f"version: set moe_ep to worldSize ({group.world_size}) and leave moe_tp out",
         )
@@ -109,10 +111,11 @@ def _group(sections: Sections) -> Iterator[Problem]:
 
 def _trust(sections: Sections) -> Iterator[Problem]:
     if sections.model.trust_remote_code:
+        path = sections.path("ModelConfig.trustRemoteCode")
         yield Problem(
             frozenset({"trustRemoteCode"}),
-            f"{sections.path('ModelConfig.trustRemoteCode')} is true, but nothing in a checkpoint is ever "
-            "executed: set it to false",
+            path,
+            f"{path} is true, but nothing in a checkpoint is ever executed: set it to false",
         )
 
 
@@ -122,6 +125,7 @@ def _cutoff(sections: Sections) -> Iterator[Problem]:
         path = sections.path("models.deepseekv2.topk_scaling_factor")
         yield Problem(
             frozenset({"topk_scaling_factor", "enable_init_routing_cutoff"}),
+            path,
             f"{path} is {parameters.topk_scaling_factor:g}, but it acts only where "
             "enable_init_routing_cutoff is true: set that too, or leave both out",
         )
@@ -139,12 +143,14 @@ def _addresses(sections: Sections) -> Iterator[Problem]:
         if address in WILDCARDS and not server.allow_all_zero_ip_listening:
             yield Problem(
                 frozenset({path.rpartition(".")[2], "allowAllZeroIpListening"}),
+                path,
                 f'{path} is "{address}", which is every interface of this host: name one address, '
                 "or set ServerConfig.allowAllZeroIpListening to true",
             )
     if own.data_address in WILDCARDS:
         yield Problem(
             frozenset({"dataAddress"}),
+            "ExpertMesh.dataAddress",
             f'ExpertMesh.dataAddress is "{own.data_address}", but the data plane has no authentication: '
             "name the address of the interface that reaches the other services",
         )
@@ -162,5 +168,6 @@ def _lengths(sections: Sections) -> Iterator[Problem]:
         if value is not None and value > longest:
             yield Problem(
                 frozenset({"maxSeqLen", key.rpartition(".")[2]}),
+                sections.path(key),
                 f"{sections.path(key)} is {value}, but it must not be above maxSeqLen ({longest})",
             )

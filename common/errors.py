@@ -7,6 +7,9 @@ ExpertMeshError
 ├── QueueFull              too many requests wait
 ├── NotReady               the fleet cannot serve now
 ├── StreamLost             a running answer cannot be continued
+├── ReloadRefused          keys that cannot change while the services run
+├── VersionConflict        the configuration in force is another than the caller thought
+├── VersionUnknown         a version of the configuration that is not kept
 ├── ControlError           a peer on the control plane refused or is not there
 └── ExchangeError          the data plane
     ├── LinkError          a link could not be made
@@ -28,15 +31,17 @@ class ExpertMeshError(Exception):
 class ConfigError(ExpertMeshError):
     """A value in the configuration, a flag or the environment is wrong.
 
-    `problems` has one sentence for each bad value; the message is the first, and how many follow.
+    `problems` has one sentence for each bad value; the message is the first, and how many follow. `paths` has
+    the JSON path of each, where they are known.
     """
 
     grpc_status = "INVALID_ARGUMENT"
 
-    def __init__(self, first: str, *others: str) -> None:
+    def __init__(self, first: str, *others: str, paths: tuple[str, ...] = ()) -> None:
         more = f" ({len(others)} more to correct: `expertmesh config check FILE` lists them)"
         super().__init__(f"{first}{more if others else ''}")
         self.problems = (first, *others)
+        self.paths = paths
 
 
 class CheckpointError(ExpertMeshError):
@@ -83,6 +88,31 @@ class StreamLost(ExpertMeshError):
     def __init__(self, message: str, reason: str = "WORKER_LOST") -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class ReloadRefused(ExpertMeshError):
+    """A configuration differs from the one in force in keys that cannot change now. It changed nothing.
+
+    `refusals` has a sentence for each of them by its JSON path; the message holds all sentences.
+    """
+
+    grpc_status = "FAILED_PRECONDITION"
+
+    def __init__(self, refusals: dict[str, str]) -> None:
+        super().__init__("; ".join(refusals.values()))
+        self.refusals = refusals
+
+
+class VersionConflict(ExpertMeshError):
+    """The version in force is another than the caller expected: somebody else was quicker."""
+
+    grpc_status = "ABORTED"
+
+
+class VersionUnknown(ExpertMeshError):
+    """No such version of the configuration is kept."""
+
+    grpc_status = "NOT_FOUND"
 
 
 class ControlError(ExpertMeshError):

@@ -51,3 +51,4 @@ class ExpertMeshSection(Section, extra="forbid"):
     advertise_address: Annotated[
         str | None, matching(r".+:[0-9]{1,5}|[^:]+", "must be HOST or HOST:PORT")
     ] = None
+    state_dir: str | None = Field(default=None, min_length=1)

@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 ZERO_POINT = 128
 """oneDNN takes unsigned rows: shifted up by this, whose share it takes off again in int32."""
+SLOW_PATH = "portable"
+"""The native kernel's path for any processor: exact, and slower than oneDNN."""
 PACKED_FOR_ROWS = 16
 """Rows a layout is chosen for. One for 16 was as quick for 1 and for 128 as their own, and none slower."""
 
@@ -113,9 +115,10 @@ def int8_experts(
 
 @cache
 def _backend() -> NativeInt8 | _Stock:
-    if native_int8.is_available():
+    if native_int8.is_available() and native_int8.available_paths()[-1] != SLOW_PATH:
         return native_int8.load()
-    logger.info("%s", native_int8.why_unavailable())
+    why = native_int8.why_unavailable() or "the native int8 kernel has no fast path for this processor"
+    logger.info("%s; torch's own operators are used", why)
     if _is_onednn_exact():
         return _Stock(_pack_onednn, _onednn_product)
     return _Stock(_pack_plainly, _plain_product)

@@ -14,11 +14,21 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from common.errors import ExpertMeshError, NotReady, QueueFull, RequestError, StreamLost
+from common.errors import (
+    ConfigError,
+    ExpertMeshError,
+    NotReady,
+    QueueFull,
+    ReloadRefused,
+    RequestError,
+    StreamLost,
+)
 
 logger = logging.getLogger(__name__)
 
 DOMAIN = "expertmesh"
+CONFIG_RELOAD = "CONFIG_RELOAD"
+"""The type of a precondition that a change of the configuration does not meet."""
 INTERNAL_SENTENCE = "an internal error ended this call; the log of the service says more"
 AUTHORIZATION = "authorization"
 
@@ -42,6 +52,20 @@ def _details(error: ExpertMeshError) -> list[Any]:
     if isinstance(error, RequestError):
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=str(error))
         return [error_details_pb2.BadRequest(field_violations=[violation])]
+    if isinstance(error, ConfigError) and error.paths:
+        violations = [
+            error_details_pb2.BadRequest.FieldViolation(field=path, description=sentence)
+            for path, sentence in zip(error.paths, error.problems, strict=True)
+        ]
+        return [error_details_pb2.BadRequest(field_violations=violations)]
+    if isinstance(error, ReloadRefused):
+        unmet = [
+            error_details_pb2.PreconditionFailure.Violation(
+                type=CONFIG_RELOAD, subject=subject, description=sentence
+            )
+            for subject, sentence in error.refusals.items()
+        ]
+        return [error_details_pb2.PreconditionFailure(violations=unmet)]
     if isinstance(error, QueueFull):
         delay = Duration()
         delay.FromNanoseconds(int(error.retry_after_s * 1e9))

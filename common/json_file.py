@@ -38,11 +38,24 @@ def read_json(path: Path, *, is_private: bool = False) -> object:
                 f"{shown_path(path)} has mode {mode:o}, but others must not be able to read or change it: "
                 f"chmod {PRIVATE_MODE:o} it"
             )
-        document: object = json.loads(path.read_bytes(), object_pairs_hook=_object)
-    except OSError as error:
-        raise ConfigError(f"{shown_path(path)} cannot be read: {error.strerror or error}") from None
+        text = path.read_bytes()
+    except (OSError, ValueError) as error:
+        # ValueError: a path that no file can have.
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ConfigError(f"{shown_path(path)} cannot be read: {why}") from None
+    return parse_json(text, shown_path(path))
+
+
+def parse_json(text: str | bytes, source: str) -> object:
+    """Take text as JSON; `source` says in a complaint where it is from.
+
+    Raises:
+        ConfigError: no JSON, or an object has a key twice.
+    """
+    try:
+        document: object = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{shown_path(path)} is no JSON: {error}") from None
+        raise ConfigError(f"{source} is no JSON: {error}") from None
     return document
 
 

@@ -19,3 +19,8 @@ def configure_logging(level: str, service: str) -> None:
     # asyncio and grpc log their own housekeeping at these levels.
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     logging.getLogger("grpc").setLevel(logging.WARNING)
+
+
+def set_level(level: str) -> None:
+    """Log from another level on."""
+    logging.getLogger().setLevel(level.upper())

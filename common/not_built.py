@@ -10,10 +10,7 @@ from collections.abc import Iterator
 from common.config_file import Sections
 from common.config_problems import Problem, json_line
 
-REPORTED = (
-    "ExpertMesh.groupedMatmul",
-    "ExpertMesh.topology",
-)
+REPORTED = ("ExpertMesh.topology",)
 """Keys that reach `Config` and that nothing reads yet: warnings where they are not at their default."""
 
 NO_TLS = "TLS is not built in this version, and nothing is sent in plaintext silently: set it to false"
@@ -41,5 +38,5 @@ def refusals(sections: Sections) -> Iterator[Problem]:
     for key, (only, why) in REFUSED.items():
         value = sections.value(key)
         if value != only:
-            keys = frozenset({key.rpartition(".")[2]})
-            yield Problem(keys, f"{sections.path(key)} is {json_line(value)}, but {why}")
+            keys, path = frozenset({key.rpartition(".")[2]}), sections.path(key)
+            yield Problem(keys, path, f"{path} is {json_line(value)}, but {why}")

@@ -79,6 +79,7 @@ class ControlService(fleet_pb2_grpc.ExpertWorkerServiceServicer):
             progress=executor.progress,
             cpu_time_ns=executor.cpu_time_ns,
             loaded_bytes=executor.loaded_bytes,
+            grouped_matmul=executor.grouped_matmul,
         )
 
     async def RestartExecutor(

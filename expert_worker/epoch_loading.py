@@ -91,7 +91,11 @@ class EpochLoading:
         source = ShardSource(Path(message.model_path), message.dtype)
         layers = self._shard.hold(source, experts_of(message), on_progress)
         self._on_loaded(message.term, message.epoch, layers)
-        self._send(Loaded(message.term, message.epoch, self._shard.loaded_bytes))
+        self._send(
+            Loaded(
+                message.term, message.epoch, self._shard.loaded_bytes, self._shard.describe_grouped_matmul()
+            )
+        )
 
     def _join(self, message: Prepare) -> None:
         config = ModelConfig.from_directory(Path(message.model_path))

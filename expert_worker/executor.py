@@ -129,7 +129,12 @@ class Executor:
         self._progress.tick()
         layers = self._tables.layers(received.term, received.epoch)
         experts = layers[received.layer_id]
-        return experts.forward(received.rows, received.tokens_per_expert, self._progress.tick)
+        return experts.forward(
+            received.rows,
+            received.tokens_per_expert,
+            self._progress.tick,
+            is_grouped=received.is_grouped,
+        )
 
     def _read(self, messages: Iterator[Any], loading: EpochLoading, joining: JoinLink | JoinGroup) -> None:
         """Do what the agent says, beside the computation."""

@@ -44,6 +44,7 @@ class ExecutorLink:
         ready: what the executor said of itself; None while it starts.
         has_started: set while there is an executor that is ready.
         loaded_bytes: bytes of weights in its memory.
+        grouped_matmul: how it runs the experts of a layer, and why; empty before it has loaded.
     """
 
     def __init__(self, configure: Configure, module: str = EXECUTOR_MODULE) -> None:
@@ -51,6 +52,7 @@ class ExecutorLink:
         self.ready: Ready | None = None
         self.has_started = asyncio.Event()
         self.loaded_bytes = 0
+        self.grouped_matmul = ""
         self._configure = configure
         self._activity = STARTING
         self._progress = ProgressCounter.create()
@@ -148,6 +150,8 @@ class ExecutorLink:
                 )
             case Loading() | Loaded():
                 self.loaded_bytes = message.loaded_bytes
+                if isinstance(message, Loaded):
+                    self.grouped_matmul = message.grouped_matmul
                 self._answer(message)
             case Linked():
                 self._activity = READY

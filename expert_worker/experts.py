@@ -20,11 +20,14 @@ class LayerExperts:
         self, expert_ids: Sequence[int], packed: PackedExperts | PackedInt8Experts, kernels: ExpertKernels
     ) -> None:
         self.expert_ids = tuple(expert_ids)
-        self._compute: Callable[..., Tensor]
+        self._compute: dict[bool, Callable[..., Tensor]]
         if isinstance(packed, PackedInt8Experts):
-            self._compute = partial(kernels.int8_experts, packed=packed)
+            self._compute = {
+                is_grouped: partial(kernels.int8_experts, packed=packed, is_grouped=is_grouped)
+                for is_grouped in (False, True)
+            }
         else:
-            self._compute = partial(kernels.experts, packed=packed)
+            self._compute = dict.fromkeys((False, True), partial(kernels.experts, packed=packed))
 
     @property
     def num_local_experts(self) -> int:
@@ -37,6 +40,10 @@ class LayerExperts:
         tokens_per_expert: Tensor,
         on_progress: Callable[[], None] | None = None,
         row_scales: Tensor | None = None,
+        is_grouped: bool = True,
     ) -> Tensor:  # [R, D] -> [R, D]
-        """Run rows, sorted by local expert, through their experts; call `on_progress` after each of them."""
-        return self._compute(rows, row_scales, tokens_per_expert, on_progress=on_progress)
+        """Run rows, sorted by local expert, through their experts; call `on_progress` after each of them.
+
+        `is_grouped` allows one fused call for all of them, where the device has one: the bits are the same.
+        """
+        return self._compute[is_grouped](rows, row_scales, tokens_per_expert, on_progress=on_progress)

@@ -80,11 +80,16 @@ class Loading:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """All weights of the epoch are in memory; the executor waits at the link's address."""
+    """All weights of the epoch are in memory; the executor waits at the link's address.
+
+    Attributes:
+        grouped_matmul: how the experts of a layer are run, and why: one sentence part.
+    """
 
     term: int
     epoch: int
     loaded_bytes: int
+    grouped_matmul: str
 
 
 @dataclass(frozen=True, slots=True)

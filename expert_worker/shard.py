@@ -85,6 +85,14 @@ class Shard:
                 on_progress(self.loaded_bytes, total)
         return {layer_id: self._layer(layer_id, own) for layer_id, own in experts.items()}
 
+    def describe_grouped_matmul(self) -> str:
+        """How the experts of a layer are run where fused calls are allowed, and why."""
+        is_int8 = any(isinstance(packed, PackedInt8Experts) for packed in self._experts.values())
+        name = "W8A8" if is_int8 else self._source.dtype if self._source is not None else "nothing"
+        if name in self._kernels.fused_formats():
+            return f"one fused call for all experts of a layer: there is a kernel for {name}"
+        return f"one product after another for each expert: there is no fused kernel for {name} here"
+
     def _layer(self, layer_id: int, own: tuple[int, ...]) -> LayerExperts:
         held = [self._experts[layer_id, expert] for expert in own]
         floats = [one for one in held if isinstance(one, PackedExperts)]

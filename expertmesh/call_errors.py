@@ -10,7 +10,17 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from common.errors import ControlError, ExpertMeshError, NotReady, QueueFull, RequestError, StreamLost
+from common.errors import (
+    ControlError,
+    ExpertMeshError,
+    NotReady,
+    QueueFull,
+    ReloadRefused,
+    RequestError,
+    StreamLost,
+    VersionConflict,
+    VersionUnknown,
+)
 
 STREAM_REASONS = {"WORKER_LOST", "STREAM_LOST"}
 
@@ -24,20 +34,30 @@ def error_from(error: grpc.aio.AioRpcError, target: str) -> ExpertMeshError:
             return RequestError(details.field, message)
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
             return QueueFull(message, details.retry_after_s)
-        case grpc.StatusCode.UNAVAILABLE if details.reason in STREAM_REASONS:
-            return StreamLost(message, details.reason)
-        case grpc.StatusCode.UNAVAILABLE if details.reason:
-            return NotReady(message, details.reason)
+        case grpc.StatusCode.FAILED_PRECONDITION if details.refusals:
+            return ReloadRefused(details.refusals)
+        case grpc.StatusCode.ABORTED:
+            return VersionConflict(message)
+        case grpc.StatusCode.NOT_FOUND:
+            return VersionUnknown(message)
         case grpc.StatusCode.UNAVAILABLE:
-            return ControlError(_unreachable(target, message))
-        case grpc.StatusCode.DEADLINE_EXCEEDED:
-            return ControlError(f"{target} did not answer in time; is the router busy or stopped?")
-        case grpc.StatusCode.UNIMPLEMENTED:
-            return ControlError(
-                f"{target} does not serve this call ({message}); is it a port of an expertmesh router?"
-            )
+            return _unavailable(target, details.reason, message)
         case code:
-            return ControlError(f"{target} answered {code.name}: {message}")
+            return ControlError(_no_answer(target, code, message))
+
+
+def _unavailable(target: str, reason: str, message: str) -> ExpertMeshError:
+    if reason in STREAM_REASONS:
+        return StreamLost(message, reason)
+    return NotReady(message, reason) if reason else ControlError(_unreachable(target, message))
+
+
+def _no_answer(target: str, code: grpc.StatusCode, message: str) -> str:
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return f"{target} did not answer in time; is the router busy or stopped?"
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return f"{target} does not serve this call ({message}); is it a port of an expertmesh router?"
+    return f"{target} answered {code.name}: {message}"
 
 
 def _unreachable(target: str, message: str) -> str:
@@ -55,6 +75,7 @@ class _Details:
         self.field = ""
         self.reason = ""
         self.retry_after_s = 1.0
+        self.refusals: dict[str, str] = {}
         try:
             # The synchronous function is the one that understands AioRpcError.
             status = rpc_status.from_call(error)  # type: ignore[arg-type]
@@ -67,9 +88,12 @@ class _Details:
         bad_request = error_details_pb2.BadRequest()
         reason = error_details_pb2.ErrorInfo()
         retry = error_details_pb2.RetryInfo()
+        unmet = error_details_pb2.PreconditionFailure()
         if detail.Unpack(bad_request) and bad_request.field_violations:
             self.field = bad_request.field_violations[0].field
         elif detail.Unpack(reason):
             self.reason = reason.reason
+        elif detail.Unpack(unmet):
+            self.refusals = {one.subject: one.description for one in unmet.violations}
         elif detail.Unpack(retry):
             self.retry_after_s = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9

@@ -11,7 +11,7 @@ import grpc
 import grpc.aio
 
 from expertmesh.call_errors import error_from
-from protos import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grpc
+from protos import generation_pb2, generation_pb2_grpc
 
 CHANNEL_OPTIONS = [
     ("grpc.keepalive_time_ms", 20_000),
@@ -219,42 +219,6 @@ class Client:
             return await self._stub.GetModelInfo(generation_pb2.GetModelInfoRequest(), timeout=CALL_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             raise error_from(error, self.target) from error
-
-
-class AdminClient:
-    """Reads the state of a router and its fleet from the admin port."""
-
-    def __init__(self, target: str) -> None:
-        """`target` is the admin HOST:PORT."""
-        self.target = target
-        self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
-        self._stub = admin_pb2_grpc.AdminServiceStub(self._channel)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._channel.close()
-
-    async def status(self) -> admin_pb2.GetStatusResponse:
-        """One snapshot."""
-        try:
-            return await self._stub.GetStatus(admin_pb2.GetStatusRequest(), timeout=CALL_TIMEOUT_S)
-        except grpc.aio.AioRpcError as error:
-            raise error_from(error, self.target) from error
-
-    async def watch(self, interval_s: float = 1.0) -> AsyncIterator[admin_pb2.GetStatusResponse]:
-        """Snapshots, whenever something changed and at least every `interval_s`."""
-        call = self._stub.WatchStatus(admin_pb2.WatchStatusRequest(interval_s=interval_s))
-        try:
-            async for response in call:
-                yield response.status
-        except grpc.aio.AioRpcError as error:
-            raise error_from(error, self.target) from error
-        finally:
-            call.cancel()
 
 
 def _set_prompt(request: generation_pb2.GenerateRequest, prompt: Prompt) -> None:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12protos/admin.proto\x12\rexpertmesh.v1\"\x12\n\x10GetConfigRequest\"9\n\x11GetConfigResponse\x12\x13\n\x0b\x63onfig_json\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\"\x12\n\x10GetStatusRequest\"\xc6\x03\n\x11GetStatusResponse\x12\r\n\x05ready\x18\x01 \x01(\x08\x12\x18\n\x10not_ready_reason\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0c\n\x04term\x18\x04 \x01(\x04\x12\x16\n\x0e\x63onfig_version\x18\x05 \x01(\x04\x12\x10\n\x08\x65p_level\x18\x06 \x01(\r\x12\x18\n\x10\x65xpected_workers\x18\x07 \x01(\r\x12\x32\n\x07workers\x18\x08 \x03(\x0b\x32!.expertmesh.v1.ExpertWorkerStatus\x12\x1c\n\x14num_requests_running\x18\t \x01(\r\x12\x1c\n\x14num_requests_waiting\x18\n \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x0b \x01(\x04\x12\x17\n\x0fkv_blocks_total\x18\x0c \x01(\x04\x12\x10\n\x08warnings\x18\r \x03(\t\x12\x12\n\nmodel_name\x18\x0e \x01(\t\x12\x14\n\x0c\x65ngine_state\x18\x0f \x01(\t\x12\x1b\n\x13\x65ngine_loaded_bytes\x18\x10 \x01(\x04\x12\x1a\n\x12\x65ngine_total_bytes\x18\x11 \x01(\x04\x12\x11\n\tnum_steps\x18\x12 \x01(\x04\"\x9e\x02\n\x12\x45xpertWorkerStatus\x12\x0f\n\x07\x65p_rank\x18\x01 \x01(\x05\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\r\n\x05state\x18\x05 \x01(\t\x12\x19\n\x11num_local_experts\x18\x06 \x01(\r\x12\x14\n\x0cloaded_bytes\x18\x07 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x08 \x01(\x04\x12\x18\n\x10last_heartbeat_s\x18\t \x01(\x01\x12\x13\n\x0bincarnation\x18\n \x01(\x04\x12+\n\tlast_step\x18\x0b \x01(\x0b\x32\x18.expertmesh.v1.StepTimes\x12\x12\n\narithmetic\x18\x0c \x01(\t\"B\n\tStepTimes\x12\x11\n\treceive_s\x18\x01 \x01(\x01\x12\x11\n\tcompute_s\x18\x02 \x01(\x01\x12\x0f\n\x07reply_s\x18\x03 \x01(\x01\"<\n\x12WatchStatusRequest\x12\x17\n\ninterval_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\r\n\x0b_interval_s\"G\n\x13WatchStatusResponse\x12\x30\n\x06status\x18\x01 \x01(\x0b\x32 .expertmesh.v1.GetStatusResponse2\x86\x02\n\x0c\x41\x64minService\x12N\n\tGetConfig\x12\x1f.expertmesh.v1.GetConfigRequest\x1a .expertmesh.v1.GetConfigResponse\x12N\n\tGetStatus\x12\x1f.expertmesh.v1.GetStatusRequest\x1a .expertmesh.v1.GetStatusResponse\x12V\n\x0bWatchStatus\x12!.expertmesh.v1.WatchStatusRequest\x1a\".expertmesh.v1.WatchStatusResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12protos/admin.proto\x12\rexpertmesh.v1\"\x12\n\x10GetConfigRequest\"z\n\x11GetConfigResponse\x12\x13\n\x0b\x63onfig_json\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x16\n\x0e\x65\x66\x66\x65\x63tive_json\x18\x03 \x01(\t\x12\x14\n\x0c\x63ontent_hash\x18\x04 \x01(\t\x12\x11\n\tstate_dir\x18\x05 \x01(\t\"o\n\x13ReloadConfigRequest\x12\x13\n\x0b\x63onfig_json\x18\x01 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\x12\x1d\n\x10\x65xpected_version\x18\x03 \x01(\x04H\x00\x88\x01\x01\x42\x13\n\x11_expected_version\"\x8a\x01\n\x14ReloadConfigResponse\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0f\n\x07\x61pplied\x18\x02 \x01(\x08\x12,\n\x07\x63hanges\x18\x03 \x03(\x0b\x32\x1b.expertmesh.v1.ConfigChange\x12\x10\n\x08warnings\x18\x04 \x03(\t\x12\x10\n\x08refusals\x18\x05 \x03(\t\"V\n\x0c\x43onfigChange\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x10\n\x08old_json\x18\x02 \x01(\t\x12\x10\n\x08new_json\x18\x03 \x01(\t\x12\x14\n\x0creload_class\x18\x04 \x01(\t\"\x1b\n\x19ListConfigVersionsRequest\"L\n\x1aListConfigVersionsResponse\x12.\n\x08versions\x18\x01 \x03(\x0b\x32\x1c.expertmesh.v1.ConfigVersion\"{\n\rConfigVersion\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x10\n\x08in_force\x18\x02 \x01(\x08\x12\x14\n\x0c\x63ontent_hash\x18\x03 \x01(\t\x12\x0e\n\x06\x61uthor\x18\x04 \x01(\t\x12\x0e\n\x06origin\x18\x05 \x01(\t\x12\x11\n\tcreated_s\x18\x06 \x01(\x01\"\\\n\x15RollbackConfigRequest\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x1d\n\x10\x65xpected_version\x18\x02 \x01(\x04H\x00\x88\x01\x01\x42\x13\n\x11_expected_version\"z\n\x16RollbackConfigResponse\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0f\n\x07\x61pplied\x18\x02 \x01(\x08\x12,\n\x07\x63hanges\x18\x03 \x03(\x0b\x32\x1b.expertmesh.v1.ConfigChange\x12\x10\n\x08warnings\x18\x04 \x03(\t\"\x12\n\x10GetStatusRequest\"\x92\x04\n\x11GetStatusResponse\x12\r\n\x05ready\x18\x01 \x01(\x08\x12\x18\n\x10not_ready_reason\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0c\n\x04term\x18\x04 \x01(\x04\x12\x16\n\x0e\x63onfig_version\x18\x05 \x01(\x04\x12\x10\n\x08\x65p_level\x18\x06 \x01(\r\x12\x18\n\x10\x65xpected_workers\x18\x07 \x01(\r\x12\x32\n\x07workers\x18\x08 \x03(\x0b\x32!.expertmesh.v1.ExpertWorkerStatus\x12\x1c\n\x14num_requests_running\x18\t \x01(\r\x12\x1c\n\x14num_requests_waiting\x18\n \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x0b \x01(\x04\x12\x17\n\x0fkv_blocks_total\x18\x0c \x01(\x04\x12\x10\n\x08warnings\x18\r \x03(\t\x12\x12\n\nmodel_name\x18\x0e \x01(\t\x12\x14\n\x0c\x65ngine_state\x18\x0f \x01(\t\x12\x1b\n\x13\x65ngine_loaded_bytes\x18\x10 \x01(\x04\x12\x1a\n\x12\x65ngine_total_bytes\x18\x11 \x01(\x04\x12\x11\n\tnum_steps\x18\x12 \x01(\x04\x12\x1b\n\x13\x61\x32\x61_overflow_rounds\x18\x13 \x01(\x04\x12\x1b\n\x13\x63utoff_extra_passes\x18\x14 \x01(\x04\x12\x10\n\x08\x63overage\x18\x15 \x01(\x01\"\xb6\x02\n\x12\x45xpertWorkerStatus\x12\x0f\n\x07\x65p_rank\x18\x01 \x01(\x05\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\r\n\x05state\x18\x05 \x01(\t\x12\x19\n\x11num_local_experts\x18\x06 \x01(\r\x12\x14\n\x0cloaded_bytes\x18\x07 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x08 \x01(\x04\x12\x18\n\x10last_heartbeat_s\x18\t \x01(\x01\x12\x13\n\x0bincarnation\x18\n \x01(\x04\x12+\n\tlast_step\x18\x0b \x01(\x0b\x32\x18.expertmesh.v1.StepTimes\x12\x12\n\narithmetic\x18\x0c \x01(\t\x12\x16\n\x0egrouped_matmul\x18\r \x01(\t\"B\n\tStepTimes\x12\x11\n\treceive_s\x18\x01 \x01(\x01\x12\x11\n\tcompute_s\x18\x02 \x01(\x01\x12\x0f\n\x07reply_s\x18\x03 \x01(\x01\"<\n\x12WatchStatusRequest\x12\x17\n\ninterval_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\r\n\x0b_interval_s\"G\n\x13WatchStatusResponse\x12\x30\n\x06status\x18\x01 \x01(\x0b\x32 .expertmesh.v1.GetStatusResponse\"\x16\n\x14GetExpertLoadRequest\"A\n\x15GetExpertLoadResponse\x12(\n\x06layers\x18\x01 \x03(\x0b\x32\x18.expertmesh.v1.LayerLoad\"-\n\tLayerLoad\x12\x10\n\x08layer_id\x18\x01 \x01(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\x04\x32\x85\x05\n\x0c\x41\x64minService\x12N\n\tGetConfig\x12\x1f.expertmesh.v1.GetConfigRequest\x1a .expertmesh.v1.GetConfigResponse\x12W\n\x0cReloadConfig\x12\".expertmesh.v1.ReloadConfigRequest\x1a#.expertmesh.v1.ReloadConfigResponse\x12i\n\x12ListConfigVersions\x12(.expertmesh.v1.ListConfigVersionsRequest\x1a).expertmesh.v1.ListConfigVersionsResponse\x12]\n\x0eRollbackConfig\x12$.expertmesh.v1.RollbackConfigRequest\x1a%.expertmesh.v1.RollbackConfigResponse\x12N\n\tGetStatus\x12\x1f.expertmesh.v1.GetStatusRequest\x1a .expertmesh.v1.GetStatusResponse\x12V\n\x0bWatchStatus\x12!.expertmesh.v1.WatchStatusRequest\x1a\".expertmesh.v1.WatchStatusResponse0\x01\x12Z\n\rGetExpertLoad\x12#.expertmesh.v1.GetExpertLoadRequest\x1a$.expertmesh.v1.GetExpertLoadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,19 +34,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETCONFIGREQUEST']._serialized_start=37
   _globals['_GETCONFIGREQUEST']._serialized_end=55
   _globals['_GETCONFIGRESPONSE']._serialized_start=57
-  _globals['_GETCONFIGRESPONSE']._serialized_end=114
-  _globals['_GETSTATUSREQUEST']._serialized_start=116
-  _globals['_GETSTATUSREQUEST']._serialized_end=134
-  _globals['_GETSTATUSRESPONSE']._serialized_start=137
-  _globals['_GETSTATUSRESPONSE']._serialized_end=591
-  _globals['_EXPERTWORKERSTATUS']._serialized_start=594
-  _globals['_EXPERTWORKERSTATUS']._serialized_end=880
-  _globals['_STEPTIMES']._serialized_start=882
-  _globals['_STEPTIMES']._serialized_end=948
-  _globals['_WATCHSTATUSREQUEST']._serialized_start=950
-  _globals['_WATCHSTATUSREQUEST']._serialized_end=1010
-  _globals['_WATCHSTATUSRESPONSE']._serialized_start=1012
-  _globals['_WATCHSTATUSRESPONSE']._serialized_end=1083
-  _globals['_ADMINSERVICE']._serialized_start=1086
-  _globals['_ADMINSERVICE']._serialized_end=1348
+  _globals['_GETCONFIGRESPONSE']._serialized_end=179
+  _globals['_RELOADCONFIGREQUEST']._serialized_start=181
+  _globals['_RELOADCONFIGREQUEST']._serialized_end=292
+  _globals['_RELOADCONFIGRESPONSE']._serialized_start=295
+  _globals['_RELOADCONFIGRESPONSE']._serialized_end=433
+  _globals['_CONFIGCHANGE']._serialized_start=435
+  _globals['_CONFIGCHANGE']._serialized_end=521
+  _globals['_LISTCONFIGVERSIONSREQUEST']._serialized_start=523
+  _globals['_LISTCONFIGVERSIONSREQUEST']._serialized_end=550
+  _globals['_LISTCONFIGVERSIONSRESPONSE']._serialized_start=552
+  _globals['_LISTCONFIGVERSIONSRESPONSE']._serialized_end=628
+  _globals['_CONFIGVERSION']._serialized_start=630
+  _globals['_CONFIGVERSION']._serialized_end=753
+  _globals['_ROLLBACKCONFIGREQUEST']._serialized_start=755
+  _globals['_ROLLBACKCONFIGREQUEST']._serialized_end=847
+  _globals['_ROLLBACKCONFIGRESPONSE']._serialized_start=849
+  _globals['_ROLLBACKCONFIGRESPONSE']._serialized_end=971
+  _globals['_GETSTATUSREQUEST']._serialized_start=973
+  _globals['_GETSTATUSREQUEST']._serialized_end=991
+  _globals['_GETSTATUSRESPONSE']._serialized_start=994
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1524
+  _globals['_EXPERTWORKERSTATUS']._serialized_start=1527
+  _globals['_EXPERTWORKERSTATUS']._serialized_end=1837
+  _globals['_STEPTIMES']._serialized_start=1839
+  _globals['_STEPTIMES']._serialized_end=1905
+  _globals['_WATCHSTATUSREQUEST']._serialized_start=1907
+  _globals['_WATCHSTATUSREQUEST']._serialized_end=1967
+  _globals['_WATCHSTATUSRESPONSE']._serialized_start=1969
+  _globals['_WATCHSTATUSRESPONSE']._serialized_end=2040
+  _globals['_GETEXPERTLOADREQUEST']._serialized_start=2042
+  _globals['_GETEXPERTLOADREQUEST']._serialized_end=2064
+  _globals['_GETEXPERTLOADRESPONSE']._serialized_start=2066
+  _globals['_GETEXPERTLOADRESPONSE']._serialized_end=2131
+  _globals['_LAYERLOAD']._serialized_start=2133
+  _globals['_LAYERLOAD']._serialized_end=2178
+  _globals['_ADMINSERVICE']._serialized_start=2181
+  _globals['_ADMINSERVICE']._serialized_end=2826
 # @@protoc_insertion_point(module_scope)

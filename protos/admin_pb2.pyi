@@ -43,23 +43,296 @@ class GetConfigResponse(_message.Message):
 
     CONFIG_JSON_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    EFFECTIVE_JSON_FIELD_NUMBER: _builtins.int
+    CONTENT_HASH_FIELD_NUMBER: _builtins.int
+    STATE_DIR_FIELD_NUMBER: _builtins.int
     config_json: _builtins.str
-    """The effective configuration as JSON, secrets masked."""
+    """The document in the layout of the configuration file, before the environment of the router. It can be edited
+    and sent back with ReloadConfig. It holds no secrets.
+    """
     version: _builtins.int
     """Grows by one with every change that was applied."""
+    effective_json: _builtins.str
+    """The values in effect as one JSON object, by the names that `expertmesh config check` shows."""
+    content_hash: _builtins.str
+    """SHA-256 of the document, whatever the order of its keys."""
+    state_dir: _builtins.str
+    """The directory the versions are kept in; empty: in memory, they end with the router."""
     def __init__(
         self,
         *,
         config_json: _builtins.str = ...,
         version: _builtins.int = ...,
+        effective_json: _builtins.str = ...,
+        content_hash: _builtins.str = ...,
+        state_dir: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_json", b"config_json", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_json", b"config_json", "content_hash", b"content_hash", "effective_json", b"effective_json", "state_dir", b"state_dir", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetConfigResponse: _TypeAlias = GetConfigResponse  # noqa: Y015
+
+@_typing.final
+class ReloadConfigRequest(_message.Message):
+    """Asks for another configuration."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONFIG_JSON_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    EXPECTED_VERSION_FIELD_NUMBER: _builtins.int
+    config_json: _builtins.str
+    """The whole document, in the layout of the configuration file."""
+    dry_run: _builtins.bool
+    """Say what would happen, and change nothing."""
+    expected_version: _builtins.int
+    """Refuse where another version is in force."""
+    def __init__(
+        self,
+        *,
+        config_json: _builtins.str = ...,
+        dry_run: _builtins.bool = ...,
+        expected_version: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_version", b"_expected_version", "expected_version", b"expected_version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_version", b"_expected_version", "config_json", b"config_json", "dry_run", b"dry_run", "expected_version", b"expected_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expected_version: _TypeAlias = _typing.Literal["expected_version"]  # noqa: Y015
+    _WhichOneofArgType__expected_version: _TypeAlias = _typing.Literal["_expected_version", b"_expected_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_version) -> _WhichOneofReturnType__expected_version | None: ...
+
+Global___ReloadConfigRequest: _TypeAlias = ReloadConfigRequest  # noqa: Y015
+
+@_typing.final
+class ReloadConfigResponse(_message.Message):
+    """What came of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    APPLIED_FIELD_NUMBER: _builtins.int
+    CHANGES_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
+    REFUSALS_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """The version in force now."""
+    applied: _builtins.bool
+    """Whether that is a new one. False after a dry run, and where the document was in force already."""
+    @_builtins.property
+    def changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConfigChange]:
+        """Every value that differs from what was in force before."""
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What has no effect, and what else an operator should know."""
+
+    @_builtins.property
+    def refusals(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """After a dry run: one sentence for each reason why it would be refused."""
+
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        applied: _builtins.bool = ...,
+        changes: _abc.Iterable[Global___ConfigChange] | None = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
+        refusals: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "changes", b"changes", "refusals", b"refusals", "version", b"version", "warnings", b"warnings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReloadConfigResponse: _TypeAlias = ReloadConfigResponse  # noqa: Y015
+
+@_typing.final
+class ConfigChange(_message.Message):
+    """One value that differs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    OLD_JSON_FIELD_NUMBER: _builtins.int
+    NEW_JSON_FIELD_NUMBER: _builtins.int
+    RELOAD_CLASS_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """The JSON path of its key."""
+    old_json: _builtins.str
+    """The value before, as JSON."""
+    new_json: _builtins.str
+    """The value after, as JSON."""
+    reload_class: _builtins.str
+    """"hot": from the next step or request on; "drain": needs the running requests to finish; "restart"."""
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        old_json: _builtins.str = ...,
+        new_json: _builtins.str = ...,
+        reload_class: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["new_json", b"new_json", "old_json", b"old_json", "path", b"path", "reload_class", b"reload_class"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConfigChange: _TypeAlias = ConfigChange  # noqa: Y015
+
+@_typing.final
+class ListConfigVersionsRequest(_message.Message):
+    """Asks for the history."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListConfigVersionsRequest: _TypeAlias = ListConfigVersionsRequest  # noqa: Y015
+
+@_typing.final
+class ListConfigVersionsResponse(_message.Message):
+    """The history."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConfigVersion]:
+        """Newest first."""
+
+    def __init__(
+        self,
+        *,
+        versions: _abc.Iterable[Global___ConfigVersion] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["versions", b"versions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListConfigVersionsResponse: _TypeAlias = ListConfigVersionsResponse  # noqa: Y015
+
+@_typing.final
+class ConfigVersion(_message.Message):
+    """One version of the configuration."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    IN_FORCE_FIELD_NUMBER: _builtins.int
+    CONTENT_HASH_FIELD_NUMBER: _builtins.int
+    AUTHOR_FIELD_NUMBER: _builtins.int
+    ORIGIN_FIELD_NUMBER: _builtins.int
+    CREATED_S_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Its number; none is used twice."""
+    in_force: _builtins.bool
+    """Whether it is in force."""
+    content_hash: _builtins.str
+    """SHA-256 of the document."""
+    author: _builtins.str
+    """Who asked for it: a peer's address, "start" or "SIGHUP"."""
+    origin: _builtins.str
+    """Where it is from: "file", "reload", "rollback to NUMBER"."""
+    created_s: _builtins.float
+    """When it came into force, in seconds since 1970."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        in_force: _builtins.bool = ...,
+        content_hash: _builtins.str = ...,
+        author: _builtins.str = ...,
+        origin: _builtins.str = ...,
+        created_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["author", b"author", "content_hash", b"content_hash", "created_s", b"created_s", "in_force", b"in_force", "origin", b"origin", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConfigVersion: _TypeAlias = ConfigVersion  # noqa: Y015
+
+@_typing.final
+class RollbackConfigRequest(_message.Message):
+    """Asks for an earlier version."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    EXPECTED_VERSION_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Its number."""
+    expected_version: _builtins.int
+    """Refuse where another version is in force."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        expected_version: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_version", b"_expected_version", "expected_version", b"expected_version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_version", b"_expected_version", "expected_version", b"expected_version", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expected_version: _TypeAlias = _typing.Literal["expected_version"]  # noqa: Y015
+    _WhichOneofArgType__expected_version: _TypeAlias = _typing.Literal["_expected_version", b"_expected_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_version) -> _WhichOneofReturnType__expected_version | None: ...
+
+Global___RollbackConfigRequest: _TypeAlias = RollbackConfigRequest  # noqa: Y015
+
+@_typing.final
+class RollbackConfigResponse(_message.Message):
+    """What came of it; the fields of ReloadConfigResponse."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    APPLIED_FIELD_NUMBER: _builtins.int
+    CHANGES_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """The version in force now: a new one with the old document."""
+    applied: _builtins.bool
+    """Whether that is a new one."""
+    @_builtins.property
+    def changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConfigChange]:
+        """Every value that differs from what was in force before."""
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What has no effect, and what else an operator should know."""
+
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        applied: _builtins.bool = ...,
+        changes: _abc.Iterable[Global___ConfigChange] | None = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "changes", b"changes", "version", b"version", "warnings", b"warnings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollbackConfigResponse: _TypeAlias = RollbackConfigResponse  # noqa: Y015
 
 @_typing.final
 class GetStatusRequest(_message.Message):
@@ -102,6 +375,9 @@ class GetStatusResponse(_message.Message):
     ENGINE_LOADED_BYTES_FIELD_NUMBER: _builtins.int
     ENGINE_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     NUM_STEPS_FIELD_NUMBER: _builtins.int
+    A2A_OVERFLOW_ROUNDS_FIELD_NUMBER: _builtins.int
+    CUTOFF_EXTRA_PASSES_FIELD_NUMBER: _builtins.int
+    COVERAGE_FIELD_NUMBER: _builtins.int
     ready: _builtins.bool
     """Whether requests are being served."""
     not_ready_reason: _builtins.str
@@ -134,6 +410,12 @@ class GetStatusResponse(_message.Message):
     """Bytes of weights the engine has to load; 0 while unknown."""
     num_steps: _builtins.int
     """Steps computed since the engine started."""
+    a2a_overflow_rounds: _builtins.int
+    """Rounds beyond the first that full receive buffers made necessary at ep_level 2, in this epoch."""
+    cutoff_extra_passes: _builtins.int
+    """Passes beyond the first that the routing cutoff made necessary at ep_level 1, in this epoch."""
+    coverage: _builtins.float
+    """Share of the experts that survives the loss of any one worker, 0 to 1."""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertWorkerStatus]:
         """The expert workers, by ep_rank."""
@@ -163,10 +445,13 @@ class GetStatusResponse(_message.Message):
         engine_loaded_bytes: _builtins.int = ...,
         engine_total_bytes: _builtins.int = ...,
         num_steps: _builtins.int = ...,
+        a2a_overflow_rounds: _builtins.int = ...,
+        cutoff_extra_passes: _builtins.int = ...,
+        coverage: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_version", b"config_version", "engine_loaded_bytes", b"engine_loaded_bytes", "engine_state", b"engine_state", "engine_total_bytes", b"engine_total_bytes", "ep_level", b"ep_level", "epoch", b"epoch", "expected_workers", b"expected_workers", "kv_blocks_total", b"kv_blocks_total", "kv_blocks_used", b"kv_blocks_used", "model_name", b"model_name", "not_ready_reason", b"not_ready_reason", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "num_steps", b"num_steps", "ready", b"ready", "term", b"term", "warnings", b"warnings", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["a2a_overflow_rounds", b"a2a_overflow_rounds", "config_version", b"config_version", "coverage", b"coverage", "cutoff_extra_passes", b"cutoff_extra_passes", "engine_loaded_bytes", b"engine_loaded_bytes", "engine_state", b"engine_state", "engine_total_bytes", b"engine_total_bytes", "ep_level", b"ep_level", "epoch", b"epoch", "expected_workers", b"expected_workers", "kv_blocks_total", b"kv_blocks_total", "kv_blocks_used", b"kv_blocks_used", "model_name", b"model_name", "not_ready_reason", b"not_ready_reason", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "num_steps", b"num_steps", "ready", b"ready", "term", b"term", "warnings", b"warnings", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -190,6 +475,7 @@ class ExpertWorkerStatus(_message.Message):
     INCARNATION_FIELD_NUMBER: _builtins.int
     LAST_STEP_FIELD_NUMBER: _builtins.int
     ARITHMETIC_FIELD_NUMBER: _builtins.int
+    GROUPED_MATMUL_FIELD_NUMBER: _builtins.int
     ep_rank: _builtins.int
     """Its place in the expert-parallel group; -1 while it has none."""
     worker_id: _builtins.str
@@ -212,6 +498,8 @@ class ExpertWorkerStatus(_message.Message):
     """Which start of the worker's executor this is; grows with every restart."""
     arithmetic: _builtins.str
     """Hash of a fixed computation; workers with the same hash give bitwise the same results."""
+    grouped_matmul: _builtins.str
+    """How it runs the experts of a layer, and why: in one fused call, or in one product after another."""
     @_builtins.property
     def last_step(self) -> Global___StepTimes:
         """Seconds its part of the last step spent receiving, computing and replying."""
@@ -231,10 +519,11 @@ class ExpertWorkerStatus(_message.Message):
         incarnation: _builtins.int = ...,
         last_step: Global___StepTimes | None = ...,
         arithmetic: _builtins.str = ...,
+        grouped_matmul: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["last_step", b"last_step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "arithmetic", b"arithmetic", "device", b"device", "ep_rank", b"ep_rank", "incarnation", b"incarnation", "last_heartbeat_s", b"last_heartbeat_s", "last_step", b"last_step", "loaded_bytes", b"loaded_bytes", "num_local_experts", b"num_local_experts", "state", b"state", "total_bytes", b"total_bytes", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "arithmetic", b"arithmetic", "device", b"device", "ep_rank", b"ep_rank", "grouped_matmul", b"grouped_matmul", "incarnation", b"incarnation", "last_heartbeat_s", b"last_heartbeat_s", "last_step", b"last_step", "loaded_bytes", b"loaded_bytes", "num_local_experts", b"num_local_experts", "state", b"state", "total_bytes", b"total_bytes", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -317,3 +606,72 @@ class WatchStatusResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchStatusResponse: _TypeAlias = WatchStatusResponse  # noqa: Y015
+
+@_typing.final
+class GetExpertLoadRequest(_message.Message):
+    """Asks how often each expert was chosen."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetExpertLoadRequest: _TypeAlias = GetExpertLoadRequest  # noqa: Y015
+
+@_typing.final
+class GetExpertLoadResponse(_message.Message):
+    """How often each expert was chosen."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerLoad]:
+        """One entry per MoE layer."""
+
+    def __init__(
+        self,
+        *,
+        layers: _abc.Iterable[Global___LayerLoad] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetExpertLoadResponse: _TypeAlias = GetExpertLoadResponse  # noqa: Y015
+
+@_typing.final
+class LayerLoad(_message.Message):
+    """One MoE layer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_ID_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    layer_id: _builtins.int
+    """Index of the decoder layer in the checkpoint."""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Choices of each routed expert, in the order of the checkpoint. A token counts once for each of its experts."""
+
+    def __init__(
+        self,
+        *,
+        layer_id: _builtins.int = ...,
+        tokens: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer_id", b"layer_id", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LayerLoad: _TypeAlias = LayerLoad  # noqa: Y015

@@ -40,6 +40,21 @@ class AdminServiceStub(object):
                 request_serializer=protos_dot_admin__pb2.GetConfigRequest.SerializeToString,
                 response_deserializer=protos_dot_admin__pb2.GetConfigResponse.FromString,
                 _registered_method=True)
+        self.ReloadConfig = channel.unary_unary(
+                '/expertmesh.v1.AdminService/ReloadConfig',
+                request_serializer=protos_dot_admin__pb2.ReloadConfigRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.ReloadConfigResponse.FromString,
+                _registered_method=True)
+        self.ListConfigVersions = channel.unary_unary(
+                '/expertmesh.v1.AdminService/ListConfigVersions',
+                request_serializer=protos_dot_admin__pb2.ListConfigVersionsRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.ListConfigVersionsResponse.FromString,
+                _registered_method=True)
+        self.RollbackConfig = channel.unary_unary(
+                '/expertmesh.v1.AdminService/RollbackConfig',
+                request_serializer=protos_dot_admin__pb2.RollbackConfigRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.RollbackConfigResponse.FromString,
+                _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/expertmesh.v1.AdminService/GetStatus',
                 request_serializer=protos_dot_admin__pb2.GetStatusRequest.SerializeToString,
@@ -50,6 +65,11 @@ class AdminServiceStub(object):
                 request_serializer=protos_dot_admin__pb2.WatchStatusRequest.SerializeToString,
                 response_deserializer=protos_dot_admin__pb2.WatchStatusResponse.FromString,
                 _registered_method=True)
+        self.GetExpertLoad = channel.unary_unary(
+                '/expertmesh.v1.AdminService/GetExpertLoad',
+                request_serializer=protos_dot_admin__pb2.GetExpertLoadRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.GetExpertLoadResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
@@ -58,6 +78,34 @@ class AdminServiceServicer(object):
 
     def GetConfig(self, request, context):
         """The configuration in force.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReloadConfig(self, request, context):
+        """Puts another configuration in force, between two steps, completely or not at all.
+
+        INVALID_ARGUMENT: no JSON, or a bad value; google.rpc.BadRequest names the JSON path of each.
+        ABORTED: another version is in force than expected_version.
+        FAILED_PRECONDITION: keys differ that cannot change while the services run, or the engine refuses;
+        google.rpc.PreconditionFailure has one violation for each.
+        UNAVAILABLE: the engine does not answer, or the version could not be written. Nothing has changed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListConfigVersions(self, request, context):
+        """The versions that are kept, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollbackConfig(self, request, context):
+        """Puts the document of an earlier version in force again, as a new version. Statuses as of ReloadConfig;
+        NOT_FOUND: the version is not kept.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -77,6 +125,13 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetExpertLoad(self, request, context):
+        """How often each routed expert was chosen since the router's engine started. UNAVAILABLE while it loads.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -84,6 +139,21 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.GetConfig,
                     request_deserializer=protos_dot_admin__pb2.GetConfigRequest.FromString,
                     response_serializer=protos_dot_admin__pb2.GetConfigResponse.SerializeToString,
+            ),
+            'ReloadConfig': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReloadConfig,
+                    request_deserializer=protos_dot_admin__pb2.ReloadConfigRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.ReloadConfigResponse.SerializeToString,
+            ),
+            'ListConfigVersions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListConfigVersions,
+                    request_deserializer=protos_dot_admin__pb2.ListConfigVersionsRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.ListConfigVersionsResponse.SerializeToString,
+            ),
+            'RollbackConfig': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollbackConfig,
+                    request_deserializer=protos_dot_admin__pb2.RollbackConfigRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.RollbackConfigResponse.SerializeToString,
             ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
@@ -94,6 +164,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.WatchStatus,
                     request_deserializer=protos_dot_admin__pb2.WatchStatusRequest.FromString,
                     response_serializer=protos_dot_admin__pb2.WatchStatusResponse.SerializeToString,
+            ),
+            'GetExpertLoad': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetExpertLoad,
+                    request_deserializer=protos_dot_admin__pb2.GetExpertLoadRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.GetExpertLoadResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -124,6 +199,87 @@ class AdminService(object):
             '/expertmesh.v1.AdminService/GetConfig',
             protos_dot_admin__pb2.GetConfigRequest.SerializeToString,
             protos_dot_admin__pb2.GetConfigResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReloadConfig(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.AdminService/ReloadConfig',
+            protos_dot_admin__pb2.ReloadConfigRequest.SerializeToString,
+            protos_dot_admin__pb2.ReloadConfigResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListConfigVersions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.AdminService/ListConfigVersions',
+            protos_dot_admin__pb2.ListConfigVersionsRequest.SerializeToString,
+            protos_dot_admin__pb2.ListConfigVersionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollbackConfig(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.AdminService/RollbackConfig',
+            protos_dot_admin__pb2.RollbackConfigRequest.SerializeToString,
+            protos_dot_admin__pb2.RollbackConfigResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -178,6 +334,33 @@ class AdminService(object):
             '/expertmesh.v1.AdminService/WatchStatus',
             protos_dot_admin__pb2.WatchStatusRequest.SerializeToString,
             protos_dot_admin__pb2.WatchStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetExpertLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.AdminService/GetExpertLoad',
+            protos_dot_admin__pb2.GetExpertLoadRequest.SerializeToString,
+            protos_dot_admin__pb2.GetExpertLoadResponse.FromString,
             options,
             channel_credentials,
             insecure,

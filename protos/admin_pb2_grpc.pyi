@@ -35,10 +35,27 @@ class AdminServiceStub:
     def __new__(cls, channel: _aio.Channel) -> AdminServiceAsyncStub: ...
     GetConfig: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetConfigRequest, _admin_pb2.GetConfigResponse]
     """The configuration in force."""
+    ReloadConfig: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ReloadConfigRequest, _admin_pb2.ReloadConfigResponse]
+    """Puts another configuration in force, between two steps, completely or not at all.
+
+    INVALID_ARGUMENT: no JSON, or a bad value; google.rpc.BadRequest names the JSON path of each.
+    ABORTED: another version is in force than expected_version.
+    FAILED_PRECONDITION: keys differ that cannot change while the services run, or the engine refuses;
+    google.rpc.PreconditionFailure has one violation for each.
+    UNAVAILABLE: the engine does not answer, or the version could not be written. Nothing has changed.
+    """
+    ListConfigVersions: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListConfigVersionsRequest, _admin_pb2.ListConfigVersionsResponse]
+    """The versions that are kept, newest first."""
+    RollbackConfig: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RollbackConfigRequest, _admin_pb2.RollbackConfigResponse]
+    """Puts the document of an earlier version in force again, as a new version. Statuses as of ReloadConfig;
+    NOT_FOUND: the version is not kept.
+    """
     GetStatus: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetStatusRequest, _admin_pb2.GetStatusResponse]
     """The state of the router and its fleet."""
     WatchStatus: _grpc.UnaryStreamMultiCallable[_admin_pb2.WatchStatusRequest, _admin_pb2.WatchStatusResponse]
     """The state of the router and its fleet, whenever it changes and at least every interval_s."""
+    GetExpertLoad: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetExpertLoadRequest, _admin_pb2.GetExpertLoadResponse]
+    """How often each routed expert was chosen since the router's engine started. UNAVAILABLE while it loads."""
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -47,10 +64,27 @@ class AdminServiceAsyncStub(AdminServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetConfig: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetConfigRequest, _admin_pb2.GetConfigResponse]  # type: ignore[assignment]
     """The configuration in force."""
+    ReloadConfig: _aio.UnaryUnaryMultiCallable[_admin_pb2.ReloadConfigRequest, _admin_pb2.ReloadConfigResponse]  # type: ignore[assignment]
+    """Puts another configuration in force, between two steps, completely or not at all.
+
+    INVALID_ARGUMENT: no JSON, or a bad value; google.rpc.BadRequest names the JSON path of each.
+    ABORTED: another version is in force than expected_version.
+    FAILED_PRECONDITION: keys differ that cannot change while the services run, or the engine refuses;
+    google.rpc.PreconditionFailure has one violation for each.
+    UNAVAILABLE: the engine does not answer, or the version could not be written. Nothing has changed.
+    """
+    ListConfigVersions: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListConfigVersionsRequest, _admin_pb2.ListConfigVersionsResponse]  # type: ignore[assignment]
+    """The versions that are kept, newest first."""
+    RollbackConfig: _aio.UnaryUnaryMultiCallable[_admin_pb2.RollbackConfigRequest, _admin_pb2.RollbackConfigResponse]  # type: ignore[assignment]
+    """Puts the document of an earlier version in force again, as a new version. Statuses as of ReloadConfig;
+    NOT_FOUND: the version is not kept.
+    """
     GetStatus: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetStatusRequest, _admin_pb2.GetStatusResponse]  # type: ignore[assignment]
     """The state of the router and its fleet."""
     WatchStatus: _aio.UnaryStreamMultiCallable[_admin_pb2.WatchStatusRequest, _admin_pb2.WatchStatusResponse]  # type: ignore[assignment]
     """The state of the router and its fleet, whenever it changes and at least every interval_s."""
+    GetExpertLoad: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetExpertLoadRequest, _admin_pb2.GetExpertLoadResponse]  # type: ignore[assignment]
+    """How often each routed expert was chosen since the router's engine started. UNAVAILABLE while it loads."""
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """What an operator sees and does. Served on ServerConfig.managementPort, on loopback unless configured."""
@@ -62,6 +96,39 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.GetConfigResponse, _abc.Awaitable[_admin_pb2.GetConfigResponse]]:
         """The configuration in force."""
+
+    @_abc_1.abstractmethod
+    def ReloadConfig(
+        self,
+        request: _admin_pb2.ReloadConfigRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ReloadConfigResponse, _abc.Awaitable[_admin_pb2.ReloadConfigResponse]]:
+        """Puts another configuration in force, between two steps, completely or not at all.
+
+        INVALID_ARGUMENT: no JSON, or a bad value; google.rpc.BadRequest names the JSON path of each.
+        ABORTED: another version is in force than expected_version.
+        FAILED_PRECONDITION: keys differ that cannot change while the services run, or the engine refuses;
+        google.rpc.PreconditionFailure has one violation for each.
+        UNAVAILABLE: the engine does not answer, or the version could not be written. Nothing has changed.
+        """
+
+    @_abc_1.abstractmethod
+    def ListConfigVersions(
+        self,
+        request: _admin_pb2.ListConfigVersionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ListConfigVersionsResponse, _abc.Awaitable[_admin_pb2.ListConfigVersionsResponse]]:
+        """The versions that are kept, newest first."""
+
+    @_abc_1.abstractmethod
+    def RollbackConfig(
+        self,
+        request: _admin_pb2.RollbackConfigRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.RollbackConfigResponse, _abc.Awaitable[_admin_pb2.RollbackConfigResponse]]:
+        """Puts the document of an earlier version in force again, as a new version. Statuses as of ReloadConfig;
+        NOT_FOUND: the version is not kept.
+        """
 
     @_abc_1.abstractmethod
     def GetStatus(
@@ -78,5 +145,13 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_admin_pb2.WatchStatusResponse], _abc.AsyncIterator[_admin_pb2.WatchStatusResponse]]:
         """The state of the router and its fleet, whenever it changes and at least every interval_s."""
+
+    @_abc_1.abstractmethod
+    def GetExpertLoad(
+        self,
+        request: _admin_pb2.GetExpertLoadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.GetExpertLoadResponse, _abc.Awaitable[_admin_pb2.GetExpertLoadResponse]]:
+        """How often each routed expert was chosen since the router's engine started. UNAVAILABLE while it loads."""
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

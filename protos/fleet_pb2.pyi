@@ -349,6 +349,7 @@ class HeartbeatResponse(_message.Message):
     PROGRESS_FIELD_NUMBER: _builtins.int
     CPU_TIME_NS_FIELD_NUMBER: _builtins.int
     LOADED_BYTES_FIELD_NUMBER: _builtins.int
+    GROUPED_MATMUL_FIELD_NUMBER: _builtins.int
     executor_state: _builtins.str
     """"starting", "idle", "loading", "ready", "stopped" or "dead"."""
     progress: _builtins.int
@@ -357,6 +358,8 @@ class HeartbeatResponse(_message.Message):
     """Processor time the executor has used, in nanoseconds. Grows while it computes, stands still while it is stopped."""
     loaded_bytes: _builtins.int
     """Bytes of weights in memory."""
+    grouped_matmul: _builtins.str
+    """How the experts of a layer are run, and why; empty before weights were loaded."""
     def __init__(
         self,
         *,
@@ -364,10 +367,11 @@ class HeartbeatResponse(_message.Message):
         progress: _builtins.int = ...,
         cpu_time_ns: _builtins.int = ...,
         loaded_bytes: _builtins.int = ...,
+        grouped_matmul: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_time_ns", b"cpu_time_ns", "executor_state", b"executor_state", "loaded_bytes", b"loaded_bytes", "progress", b"progress"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_time_ns", b"cpu_time_ns", "executor_state", b"executor_state", "grouped_matmul", b"grouped_matmul", "loaded_bytes", b"loaded_bytes", "progress", b"progress"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

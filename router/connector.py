@@ -53,8 +53,15 @@ class Connector:
     def _run(self, message: Connect) -> None:
         try:
             exchange = self._join(message, self._address, self._end)
-            size = len(message.members)
-            self._deliver(Membership(message.epoch, exchange, size, exchange.last_step_times))
+            self._deliver(
+                Membership(
+                    message.epoch,
+                    exchange,
+                    len(message.members),
+                    exchange.last_step_times,
+                    exchange.set_deadline_floor,
+                )
+            )
         except Exception as error:
             # Whatever went wrong, the front must hear of it.
             if not isinstance(error, ExchangeError):

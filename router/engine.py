@@ -8,21 +8,23 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from common.errors import RequestError, WorkerLost
+from common.errors import ControlError, RequestError, WorkerLost
 from common.exchange import Extra, RouterExchange, RowOrigins, StepHeader
 from common.row_limits import RowLimits
 from router.batch import Batch, build_batch
-from router.messages import Lost, Rejected, Stats, Submit, Tokens, Tune
+from router.expert_load import CountedExchange, ExpertLoads
+from router.messages import AskLoads, Loads, Lost, Rejected, Stats, Submit, Tokens, Tune, Tuned, TuneRefused
 from router.model.latent_cache import LatentCache
 from router.plan import Plan
 from router.sampler import Draw, sample
 from router.scheduler import Scheduler, Settled
 from router.sequence import Sampling, Sequence
+from router.tuning import problem_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,18 +39,20 @@ class Membership:
     Attributes:
         ep_size: how many there are.
         step_times: per ep_rank [receive_s, compute_s, reply_s] of the last step.
+        set_deadline_floor: give the workers another shortest time to answer from the next rows on.
     """
 
     epoch: int
     exchange: RouterExchange
     ep_size: int
     step_times: Callable[[], list[list[float]]]
+    set_deadline_floor: Callable[[float], None]
 
 
 class Engine:
     """Runs steps over the sequences of a scheduler. Everything it has to say goes to `send`."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what an engine is made of, each part named
         self,
         model: Callable[[list[Batch], LatentCache, RouterExchange], Tensor],
         cache: LatentCache,
@@ -59,6 +63,7 @@ class Engine:
         term: int,
         num_experts_per_tok: int,
         tune: Tune,
+        loads: ExpertLoads,
         send: Callable[[object], None],
     ) -> None:
         self._model = model
@@ -69,7 +74,10 @@ class Engine:
         self._term = term
         self._num_experts_per_tok = num_experts_per_tok
         self._tune = tune
+        self._loads = loads
         self._send = send
+        self._proposed: Tune | None = None
+        self._deadline_floor_s: float | None = None
         self._membership: Membership | None = None
         self._epoch = 0
         self._step_id = 0
@@ -90,6 +98,8 @@ class Engine:
         """Take the next step with these expert workers; its header commits their epoch."""
         previous, self._membership = self._membership, membership
         self._epoch = membership.epoch
+        if self._deadline_floor_s is not None:
+            membership.set_deadline_floor(self._deadline_floor_s)
         self._is_reported = False
         if previous is not None:
             previous.exchange.close()
@@ -107,8 +117,29 @@ class Engine:
             self._send(Rejected(message.request_id, str(error)))
 
     def tune(self, message: Tune) -> None:
-        """Exchange rows in another way from the next step on."""
-        self._tune = message
+        """Say whether the next steps can be run in another way. Nothing changes before `commit`."""
+        reason = problem_of(message)
+        self._proposed = None if reason else message
+        self._send(TuneRefused(message.tune_id, reason) if reason else Tuned(message.tune_id))
+
+    def commit(self, tune_id: int) -> None:
+        """Run steps as the last Tune said, from the next one on.
+
+        Raises:
+            ControlError: that is not what was agreed to.
+        """
+        tune, self._proposed = self._proposed, None
+        if tune is None or tune.tune_id != tune_id:
+            raise ControlError(f"CommitTune {tune_id} follows no Tune of this id that was agreed to")
+        self._tune = tune
+        self._scheduler.limits = replace(
+            self._scheduler.limits,
+            max_batch_size=tune.max_batch_size,
+            max_prefill_tokens=tune.max_prefill_tokens,
+        )
+        self._deadline_floor_s = tune.deadline_floor_s
+        if self._membership is not None:
+            self._membership.set_deadline_floor(tune.deadline_floor_s)
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free its blocks."""
@@ -146,6 +177,11 @@ class Engine:
         if time.monotonic() - self._stats_at >= STATS_INTERVAL_S:
             self.report()
 
+    def report_loads(self, message: AskLoads) -> None:
+        """Send how often each expert was chosen."""
+        layers = self._loads.layers()
+        self._send(Loads(message.ask_id, [[layer_id, counts] for layer_id, counts in layers.items()]))
+
     def report(self) -> None:
         """Send Stats, unless nothing happened since the last."""
         if self._is_reported:
@@ -175,8 +211,9 @@ class Engine:
         batches = [build_batch(part, block_size, self._device, number) for number, part in enumerate(parts)]
         header = self._header(membership, parts)
         origins = [RowOrigins(batch.request_keys, batch.positions) for batch in batches]
-        membership.exchange.begin(header, origins)
-        return self._model(batches, self._cache, membership.exchange)
+        exchange = CountedExchange(membership.exchange, self._loads)
+        exchange.begin(header, origins)
+        return self._model(batches, self._cache, exchange)
 
     def _header(self, membership: Membership, parts: tuple[Plan, ...]) -> StepHeader:
         tune = self._tune
@@ -198,6 +235,7 @@ class Engine:
             round_rows=limits.round_rows(num_tokens),
             chunk_rows=tune.chunk_rows,
             pass_rows=limits.pass_rows(num_tokens),
+            is_grouped=tune.is_grouped,
         )
 
     def _report_tokens(self, settled: list[Settled], draws: list[Draw | None]) -> None:

@@ -20,6 +20,7 @@ from common.model_config import ModelConfig
 from common.timeline import Timeline
 from router.connector import Connector
 from router.engine import Engine, Membership
+from router.expert_load import ExpertLoads
 from router.joining import LinkAddress, RouterEnd
 from router.messages import Configure, LinkFailed, Loaded, Loading, Tune
 from router.model.latent_cache import LatentCache
@@ -90,7 +91,8 @@ def load(
     dtype = resolve_dtype(config, configure.dtype)
     device = torch.device(configure.device)
     bytes_per_block = LatentCache.bytes_per_block(config, configure.block_size, dtype)
-    limits = size_cache(configure, config.max_position_embeddings, bytes_per_block)
+    tune = Tune(**configure.tune)
+    limits = size_cache(configure, tune, config.max_position_embeddings, bytes_per_block)
     scheduler = Scheduler(limits)
     address = _open_address(configure)
     progress = LoadingProgress(send)
@@ -106,7 +108,8 @@ def load(
         device=device,
         term=configure.term,
         num_experts_per_tok=config.num_experts_per_tok,
-        tune=Tune(**configure.tune),
+        tune=tune,
+        loads=ExpertLoads(config.n_routed_experts, config.moe_layer_ids),
         send=send,
     )
     shape = RowShape(config.hidden_size, config.num_experts_per_tok, dtype)
@@ -115,7 +118,7 @@ def load(
         progress.begin_part()
         engine.adopt(_experts_in_process(configure, config, progress))
     else:
-        end = RouterEnd(shape, configure.term, configure.deadline_floor_s, ask_progress, timeline)
+        end = RouterEnd(shape, configure.term, tune.deadline_floor_s, ask_progress, timeline)
         connector = Connector(configure.exchange, address, end, deliver)
     send(
         Loaded(
@@ -130,7 +133,9 @@ def load(
     return LoadedEngine(engine, connector, timeline)
 
 
-def size_cache(configure: Configure, max_position_embeddings: int, bytes_per_block: int) -> Limits:
+def size_cache(
+    configure: Configure, tune: Tune, max_position_embeddings: int, bytes_per_block: int
+) -> Limits:
     """Fit cache and sequences into the budget, and take no more blocks than full batches can use.
 
     Raises:
@@ -153,12 +158,12 @@ def size_cache(configure: Configure, max_position_embeddings: int, bytes_per_blo
             num_blocks * configure.block_size,
             max_seq_len,
         )
-    useful = configure.max_batch_size * -(-max_seq_len // configure.block_size)
+    useful = tune.max_batch_size * -(-max_seq_len // configure.block_size)
     return Limits(
         num_blocks=min(num_blocks, useful),
         block_size=configure.block_size,
-        max_batch_size=configure.max_batch_size,
-        max_prefill_tokens=configure.max_prefill_tokens,
+        max_batch_size=tune.max_batch_size,
+        max_prefill_tokens=tune.max_prefill_tokens,
         max_seq_len=max_seq_len,
     )
 
@@ -175,4 +180,5 @@ def _experts_in_process(configure: Configure, config: ModelConfig, progress: Loa
     experts = {layer_id: tuple(range(config.n_routed_experts)) for layer_id in config.moe_layer_ids}
     open_experts = import_module("expert_worker.in_process").open_experts
     compute = open_experts(Path(configure.model_path), configure.dtype, configure.device, experts, progress)
-    return Membership(1, LoopbackExchange(compute, experts), 1, list)
+    # Nobody is waited for here: there is no deadline to set.
+    return Membership(1, LoopbackExchange(compute, experts), 1, list, lambda _: None)

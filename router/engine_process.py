@@ -28,6 +28,8 @@ from router.engine_loading import LoadedEngine, load
 from router.messages import (
     TO_ENGINE,
     Abort,
+    AskLoads,
+    CommitTune,
     Configure,
     Connect,
     Disconnect,
@@ -105,6 +107,10 @@ class EngineProcess:
                 engine.submit(message)
             case Tune():
                 engine.tune(message)
+            case CommitTune():
+                engine.commit(message.tune_id)
+            case AskLoads():
+                engine.report_loads(message)
             case Abort():
                 engine.abort(message.request_id)
             case Disconnect():

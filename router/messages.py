@@ -12,23 +12,33 @@ from common.channel import Fatal, Shutdown, by_name
 
 @dataclass(frozen=True, slots=True)
 class Tune:
-    """From the next step on, exchange rows like this. What a step is doing is not disturbed.
+    """Can the next steps be run like this? Answered by Tuned or TuneRefused. CommitTune does it.
 
     Attributes:
+        tune_id: what the answer and CommitTune call it; a later Tune takes the place of this one.
         ep_level: 1 AllGather, 2 AllToAll.
         micro_batches: parts a step is cut into; one computes here while the rows of another are away.
         chunk_rows: most rows of one message at ep_level 2; 0 does not cut.
         buffer_factors: [[tokens, factor], ...], see common.row_limits.
         cutoff_factor: topk_scaling_factor where the cutoff is on, else None.
         cutoff_min_rows: the cutoff never bounds fewer rows.
+        is_grouped: whether workers may run all their experts in one fused call.
+        max_batch_size: most sequences that run at a time.
+        max_prefill_tokens: most tokens of prompts in one step.
+        deadline_floor_s: shortest time an expert worker is given to answer.
     """
 
+    tune_id: int
     ep_level: int
     micro_batches: int
     chunk_rows: int
     buffer_factors: list[list[float]]
     cutoff_factor: float | None
     cutoff_min_rows: int
+    is_grouped: bool
+    max_batch_size: int
+    max_prefill_tokens: int
+    deadline_floor_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +54,6 @@ class Configure:
         data_address: address on which links to expert workers are agreed on.
         exchange: how rows reach expert workers, "links" or "collective".
         experts_in_process: keep the routed experts in this process (loopback) instead of on expert workers.
-        deadline_floor_s: shortest time an expert worker is given to answer.
         trace_file: where the timeline of the first steps is written, or None.
     """
 
@@ -55,14 +64,11 @@ class Configure:
     kv_cache_bytes: int
     block_size: int
     max_seq_len: int | None
-    max_batch_size: int
-    max_prefill_tokens: int
     tune: dict[str, Any]
     term: int
     data_address: str
     exchange: str
     experts_in_process: bool
-    deadline_floor_s: float
     trace_file: str | None
 
 
@@ -112,10 +118,24 @@ class Submit:
 
 
 @dataclass(frozen=True, slots=True)
+class CommitTune:
+    """From the next step on, run steps as the Tune of this id said. What a step is doing is not disturbed."""
+
+    tune_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class Abort:
     """Forget a request and free its blocks at the next step. Unknown ids are ignored."""
 
     request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class AskLoads:
+    """How often was each expert chosen? Answered by Loads."""
+
+    ask_id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +190,21 @@ class LinkFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class Tuned:
+    """The next steps can be run as asked; nothing has changed yet."""
+
+    tune_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class TuneRefused:
+    """The next steps cannot be run as asked; nothing changes."""
+
+    tune_id: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Tokens:
     """The tokens of one step.
 
@@ -214,6 +249,14 @@ class AskProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class Loads:
+    """Answers AskLoads. `layers`: [[layer_id, [choices of expert 0, choices of expert 1, ...]], ...]."""
+
+    ask_id: int
+    layers: list[list[int | list[int]]]
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
     """Sent after a step, at most ten times a second, and when the engine becomes idle.
 
@@ -232,5 +275,23 @@ class Stats:
     workers: list[list[float]] = field(default_factory=list)
 
 
-TO_ENGINE = by_name(Configure, Connect, Disconnect, Submit, Tune, Abort, Progress, Shutdown)
-TO_FRONT = by_name(Loading, Loaded, Linked, LinkFailed, Tokens, Lost, Rejected, AskProgress, Stats, Fatal)
+TO_ENGINE = by_name(
+    Configure, Connect, Disconnect, Submit, Tune, CommitTune, Abort, AskLoads, Progress, Shutdown
+)
+TO_FRONT = by_name(
+    *(
+        Loading,
+        Loaded,
+        Linked,
+        LinkFailed,
+        Tokens,
+        Lost,
+        Rejected,
+        AskProgress,
+        Loads,
+        Stats,
+        Tuned,
+        TuneRefused,
+    ),
+    Fatal,
+)

@@ -1,7 +1,8 @@
 """An engine without a model: `python -m tests.fake_engine --channel-fd N` speaks router.messages and counts.
 
 Token i of an answer is (prompt[0] + i) % 100 + 10. A prompt that begins with 1 is answered slowly, 2 ends the
-process, 3 loses ep_rank 0, 4 is never answered.
+process, 3 loses ep_rank 0, 4 is never answered. Tune is agreed to, unless micro_batches is one of the numbers
+below. The number of steps it reports tells what is in force: 100 * ep_level + micro_batches.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from common.channel import ChildChannel, Shutdown
 from router.messages import (
     TO_ENGINE,
     Abort,
+    CommitTune,
     Configure,
     Connect,
     Disconnect,
@@ -26,9 +28,14 @@ from router.messages import (
     Stats,
     Submit,
     Tokens,
+    Tune,
+    Tuned,
+    TuneRefused,
 )
 
 SLOW, DIES, LOSES, SILENT = 1, 2, 3, 4
+AGREES_AND_DIES, DIES_WHEN_ASKED, NEVER_AGREES, REFUSES = 5, 6, 7, 8
+"""Values of micro_batches."""
 
 
 def token_at(prompt: list[int], index: int) -> int:
@@ -41,6 +48,8 @@ class FakeEngine:
         self.inbox: queue.Queue[object] = queue.Queue()
         self.running: dict[str, tuple[Submit, int]] = {}
         self.epoch = 0
+        self.tuning = 0
+        self.proposed: Tune | None = None
 
     def serve(self) -> None:
         threading.Thread(target=self.read, daemon=True).start()
@@ -68,6 +77,7 @@ class FakeEngine:
                 send(Loading(1, 2))
                 max_seq_len = message.max_seq_len or 64
                 send(Loaded(2, 8, message.block_size, max_seq_len, "127.0.0.1", 1))
+                self.put_in_force(Tune(**message.tune))
             case Connect():
                 self.epoch = message.epoch
                 send(Linked(message.epoch))
@@ -81,7 +91,37 @@ class FakeEngine:
                     self.lose(0, "expert worker a was lost")
             case Abort():
                 self.running.pop(message.request_id, None)
-                send(Stats(len(self.running), 0, 0, 0, self.epoch))
+                self.report()
+            case Tune():
+                self.consider(message)
+            case _:
+                self.commit(message)
+
+    def commit(self, message: object) -> None:
+        if not isinstance(message, CommitTune) or self.proposed is None:
+            os._exit(4)
+        if self.proposed.tune_id != message.tune_id:
+            os._exit(4)
+        self.put_in_force(self.proposed)
+
+    def consider(self, message: Tune) -> None:
+        self.proposed = message
+        match message.micro_batches:
+            case n if n == DIES_WHEN_ASKED:
+                os._exit(3)
+            case n if n == REFUSES:
+                self.channel.send(TuneRefused(message.tune_id, "8 parts are too many"))
+            case n if n != NEVER_AGREES:
+                self.channel.send(Tuned(message.tune_id))
+                if n == AGREES_AND_DIES:
+                    os._exit(3)
+
+    def put_in_force(self, message: Tune) -> None:
+        self.tuning = 100 * message.ep_level + message.micro_batches
+        self.report()
+
+    def report(self) -> None:
+        self.channel.send(Stats(len(self.running), 0, 0, self.tuning, self.epoch))
 
     def lose(self, ep_rank: int, reason: str) -> None:
         self.channel.send(Lost(self.epoch, ep_rank, reason, list(self.running)))

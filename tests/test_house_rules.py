@@ -64,7 +64,8 @@ EMPTY_INITS = (
 # These run with neither torch nor safetensors: they start in milliseconds and outlive what torch may do.
 TORCH_FREE = (
     *("expertmesh", "router/front", "router/__main__", "router/messages", "router/sequence", "router/plan"),
-    *("router/placement", "router/scheduler", "router/block_allocator", "router/tokenizer", "router/chat"),
+    *("router/placement", "router/scheduler", "router/block_allocator", "router/tokenizer", "router/tuning"),
+    "router/chat",
     *(
         "expert_worker/__main__",
         "expert_worker/agent",
@@ -75,6 +76,7 @@ TORCH_FREE = (
     ),
     *(
         "common/config",
+        "common/config_changes",
         "common/config_file",
         "common/config_origin",
         "common/config_problems",
@@ -95,8 +97,14 @@ TORCH_FREE = (
     *("common/channel", "common/child_process", "common/grpc_server", "common/interceptors", "common/logs"),
     *("common/kept_child", "common/progress_counter", "common/row_limits"),
     *("common/json_file", "common/lifeline", "common/link_probe", "common/lldp"),
-    *("common/rank_table", "common/row_limits", "common/topology", "common/topology_check"),
-    *("common/lifeline", "common/native"),
+    *(
+        "common/rank_table",
+        "common/reload_class",
+        "common/row_limits",
+        "common/topology",
+        "common/topology_check",
+    ),
+    "common/native",
 )
 EDGES = (
     *("expertmesh/", "router/front/", "router/__main__.py"),

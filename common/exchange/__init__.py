@@ -35,6 +35,7 @@ class StepHeader:
         round_rows: ALL_TO_ALL: most rows one worker's receive buffer holds; more take another round. 0: all.
         chunk_rows: ALL_TO_ALL: most rows of one message, so that a worker computes while more arrive. 0: all.
         pass_rows: ALL_GATHER: most rows a worker expands at once; more take another pass. 0: all.
+        is_grouped: whether a worker may run all its experts in one fused call, where it has such a kernel.
     """
 
     term: int
@@ -46,6 +47,7 @@ class StepHeader:
     round_rows: int = 0
     chunk_rows: int = 0
     pass_rows: int = 0
+    is_grouped: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,7 @@ class Received:
         round: 0, or more where the rows did not fit one buffer.
         rows: [R, D] in the model's dtype, sorted by local expert.
         tokens_per_expert: [E_local] int64 on the CPU; sums to R. May hold zeros, and R may be 0.
+        is_grouped: as in the step's header.
     """
 
     router: int
@@ -114,6 +117,7 @@ class Received:
     round: int
     rows: Tensor
     tokens_per_expert: Tensor
+    is_grouped: bool = True
     handle: object = field(default=None, repr=False)
     """Private to the exchange."""
 

@@ -34,8 +34,8 @@ class Arrival:
     compute_start_ns: int = 0
     due: Received | None = None
 
-    def received(self, router: int) -> Received:
-        """What is to be computed now; `router` is the number of the router."""
+    def received(self, router: int, is_grouped: bool) -> Received:
+        """What is to be computed now; `router` is the number of the router, is_grouped of its step."""
         if not self.compute_start_ns:
             self.compute_start_ns = time.monotonic_ns()
         rows, counts = self.rows, self.tokens_per_expert
@@ -55,6 +55,7 @@ class Arrival:
             header.round,
             rows,
             counts,
+            is_grouped,
             self,
         )
         return self.due

@@ -36,6 +36,7 @@ def check_step(header: wire.Header, previous: StepHeader | None) -> StepHeader:
         header.num_tokens,
         header.micro_batches,
         pass_rows=header.pass_rows,
+        is_grouped=bool(header.is_grouped),
     )
 
 

@@ -144,6 +144,7 @@ class CollectiveRouterExchange:
         for one in headers:
             one.capacity_bytes, one.micro_batches = capacity, header.micro_batches
             one.pass_rows = header.pass_rows
+            one.is_grouped = int(header.is_grouped)
         try:
             self._send_metadata(headers, None)
         except LinkError as error:
@@ -198,6 +199,10 @@ class CollectiveRouterExchange:
     def last_step_times(self) -> list[list[float]]:
         """Per ep_rank, seconds of the last step: [receive, compute, reply]."""
         return [list(times) for times in self._times]
+
+    def set_deadline_floor(self, floor_s: float) -> None:
+        """Give the workers another shortest time to answer, from the next rows on."""
+        self._deadline.floor_s = floor_s
 
     def close(self) -> None:
         """Drop the group; living workers are told, a dead one costs no time."""

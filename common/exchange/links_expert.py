@@ -96,7 +96,10 @@ class LinksExpertExchange:
     def receive(self, timeout_s: float | None = None) -> Received | None:
         """Wait for rows from any router; None when the time passed or the exchange was closed."""
         arrival = self._arrivals.take(timeout_s, lambda one: not _router_of(one).is_dropped)
-        return None if arrival is None else arrival.received(_router_of(arrival).number)
+        if arrival is None:
+            return None
+        router = _router_of(arrival)
+        return arrival.received(router.number, router.step is None or router.step.is_grouped)
 
     def reply(self, output: Tensor, received: Received) -> None:
         """Send output [R, D] home; a link that fails meanwhile is dropped, which the caller need not know."""

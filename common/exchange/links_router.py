@@ -124,6 +124,7 @@ class LinksRouterExchange:
             message = self._header(worker, wire.STEP, -1, 0, header.num_tokens)
             message.capacity_bytes, message.micro_batches = self._capacity, header.micro_batches
             message.pass_rows = header.pass_rows
+            message.is_grouped = int(header.is_grouped)
             self._send(worker, message, (), "begin")
 
     def dispatch(
@@ -174,6 +175,11 @@ class LinksRouterExchange:
             combined = sum_partials([dispatched.partials[rank] for rank in sorted(dispatched.partials)])
         self._record("combine", start_ns, "router", dispatched.layer_id)
         return combined
+
+    def set_deadline_floor(self, floor_s: float) -> None:
+        """Give every worker another shortest time to answer, from the next rows on."""
+        for worker in self._workers:
+            worker.deadline.floor_s = floor_s
 
     def last_step_times(self) -> list[list[float]]:
         """Per ep_rank, seconds of the last step: [receive, compute, reply]."""

@@ -29,19 +29,21 @@ class LoopbackExchange:
 
     def __init__(
         self,
-        compute: Callable[[int, Tensor, Tensor], Tensor],
+        compute: Callable[[int, Tensor, Tensor, bool], Tensor],
         experts: Mapping[int, tuple[int, ...]],
     ) -> None:
-        """Use `compute(layer_id, rows [R, D], tokens_per_expert [E_local]) -> [R, D]`."""
+        """Use `compute(layer_id, rows [R, D], tokens_per_expert [E_local], is_grouped) -> [R, D]`."""
         self.extra = Extra()
         self._compute = compute
         self._tables = {layer_id: layer_table([own]) for layer_id, own in experts.items()}
         self._num_local = {layer_id: len(own) for layer_id, own in experts.items()}
+        self._is_grouped = True
         self._is_closed = False
 
     def begin(self, header: StepHeader, origins: Sequence[RowOrigins] = ()) -> None:
         """Nothing to announce."""
         self._check_open()
+        self._is_grouped = header.is_grouped
 
     def dispatch(
         self, layer_id: int, micro_batch: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
@@ -62,7 +64,7 @@ class LoopbackExchange:
         sorted_rows = dispatched.sorted_rows
         rows = dispatched.hidden_states[sorted_rows.token_of]
         counts = sorted_rows.counts[0, : self._num_local[dispatched.layer_id]]
-        output = self._compute(dispatched.layer_id, rows, counts)
+        output = self._compute(dispatched.layer_id, rows, counts, self._is_grouped)
         return weighted_sum(output, sorted_rows.position_of, dispatched.topk_weights)
 
     def close(self) -> None:

@@ -128,6 +128,9 @@ class ExpertKernels(Protocol):
             [R, D] in the dtype of `packed`, rounded once from float32.
         """
 
+    def fused_formats(self) -> tuple[str, ...]:
+        """The formats ("W8A8") for which one call runs all experts of a layer; others take one each."""
+
 
 def load_kernels(device: str) -> ExpertKernels:
     """Import the module of `device` and nothing else, so vendor packages stay optional.

@@ -16,7 +16,7 @@ from common.rows import linear, swiglu
 from expert_worker.kernels import PackedExperts, PackedInt8Experts
 from expert_worker.kernels.reference import pack
 
-__all__ = ["experts", "int8_experts", "pack", "pack_int8"]
+__all__ = ["experts", "fused_formats", "int8_experts", "pack", "pack_int8"]
 
 
 def experts(
@@ -89,3 +89,8 @@ def int8_experts(
         if on_progress is not None:
             on_progress()
     return output
+
+
+def fused_formats() -> tuple[str, ...]:
+    """The formats for which one call runs all experts of a layer."""
+    return ("W8A8",) if int8_rows.has_fused_experts() else ()

@@ -95,3 +95,8 @@ def int8_experts(
         if on_progress is not None:
             on_progress()
     return output
+
+
+def fused_formats() -> tuple[str, ...]:
+    """The formats for which one call runs all experts of a layer."""
+    return ()

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from common.errors import ExpertMeshError
-from expertmesh.client import AdminClient
+from expertmesh.admin_client import AdminClient
 from protos import admin_pb2
 
 INTERVAL_S = 0.25

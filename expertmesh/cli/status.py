@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from expertmesh.admin_client import AdminClient
 from expertmesh.cli.fleet_options import DEFAULT_ADMIN
 from expertmesh.cli.terminal import output, plain, print_json, run
-from expertmesh.client import AdminClient
 from protos import admin_pb2
 
 COLUMNS = (

@@ -12,12 +12,19 @@ from typing import Any
 from google.protobuf.message import Message
 from rich.console import Console
 
-from common.errors import CheckpointError, ConfigError, ExpertMeshError, RequestError
+from common.errors import (
+    CheckpointError,
+    ConfigError,
+    ExpertMeshError,
+    ReloadRefused,
+    RequestError,
+    VersionUnknown,
+)
 from expertmesh.fleet import ServiceEnded
 
 BAD_INPUT = 2
 FAILED = 1
-BAD_INPUT_ERRORS = (ConfigError, CheckpointError, RequestError)
+BAD_INPUT_ERRORS = (ConfigError, CheckpointError, RequestError, ReloadRefused, VersionUnknown)
 
 
 def output() -> Console:

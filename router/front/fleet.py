@@ -39,6 +39,7 @@ class Worker:
     missed: int = 0
     stopped: int = 0
     failures: int = 0
+    grouped_matmul: str = ""
     heard_s: float = field(default_factory=time.monotonic)
 
     @property

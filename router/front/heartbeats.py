@@ -104,6 +104,7 @@ class Heartbeats:
     def _heard(self, worker: Worker, answer: pb.HeartbeatResponse) -> None:
         worker.heard_s, worker.missed = time.monotonic(), 0
         worker.loaded_bytes = max(worker.loaded_bytes, answer.loaded_bytes)
+        worker.grouped_matmul = answer.grouped_matmul
         is_stopped = answer.executor_state in (STOPPED, DEAD)
         worker.stopped = worker.stopped + 1 if is_stopped else 0
         if not worker.is_alive and not is_stopped:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,7 +83,8 @@ class Entry:
 class Journal:
     """All open entries by request_id. Owned by the event loop."""
 
-    def __init__(self, max_waiting: int) -> None:
+    def __init__(self, max_waiting: Callable[[], int]) -> None:
+        """`max_waiting` says how many requests may wait now."""
         self._max_waiting = max_waiting
         self._entries: dict[str, Entry] = {}
         self._waiting: set[str] = set()
@@ -104,10 +105,11 @@ class Journal:
         Raises:
             QueueFull: try again later.
         """
-        if len(self._waiting) >= self._max_waiting:
+        max_waiting = self._max_waiting()
+        if len(self._waiting) >= max_waiting:
             raise QueueFull(
                 f"{len(self._waiting)} requests wait already and ExpertMesh.maxQueuedRequests is "
-                f"{self._max_waiting}: try again later"
+                f"{max_waiting}: try again later"
             )
 
     def open(self, submit: Submit) -> Entry:

@@ -11,25 +11,32 @@ from pathlib import Path
 from typing import Any
 
 from common.channel import Shutdown
-from common.config import Config, check_experts, fleet_token
+from common.config import Config, Effective, check_experts, fleet_token
 from common.errors import ConfigError, NotReady, StreamLost
 from common.grpc_server import RunningServer, start_server
 from common.interceptors import FleetTokenInterceptor
 from common.kept_child import KeptChild, Kind
+from common.logs import set_level
 from common.model_config import ModelConfig
 from common.placement import Placement
 from protos import admin_pb2_grpc, fleet_pb2_grpc, generation_pb2_grpc
 from protos import generation_pb2 as pb
 from router.front.admin_service import AdminService
+from router.front.config_history import ConfigHistory
+from router.front.config_in_force import ConfigInForce
+from router.front.engine_tuning import EngineTuning, tune_of
 from router.front.epochs import EpochFacts, Epochs
 from router.front.fleet import Fleet
 from router.front.fleet_service import FleetService
 from router.front.generation_service import GenerationService
 from router.front.heartbeats import Heartbeats
 from router.front.journal import End, Journal
+from router.front.load_inquiry import LoadInquiry
+from router.front.reload import Reload
 from router.front.sampling_params import Limits
 from router.front.service_state import ServiceState
 from router.front.status import status_of
+from router.front.version_files import VersionFiles
 from router.messages import (
     TO_FRONT,
     AskProgress,
@@ -38,15 +45,18 @@ from router.messages import (
     LinkFailed,
     Loaded,
     Loading,
+    Loads,
     Lost,
     Progress,
     Rejected,
     Stats,
     Tokens,
-    Tune,
+    Tuned,
+    TuneRefused,
 )
 from router.placement.balanced import place
-from router.placement.load import read_loads
+from router.placement.coverage import coverage_of
+from router.placement.load import ExpertLoads, read_loads
 from router.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -63,12 +73,12 @@ ENGINE_GRACE_S = 5.0
 class Front:
     """One router, from its first line of output to its last."""
 
-    def __init__(self, config: Config, engine_module: str = ENGINE_MODULE) -> None:
+    def __init__(self, at_start: Effective, engine_module: str = ENGINE_MODULE) -> None:
+        config = at_start.config
         if config.model_path is None:
             raise ConfigError(
                 "no checkpoint is configured: set ModelDeployConfig.ModelConfig[0].modelWeightPath"
             )
-        self.config = config
         self.model_path = str(Path(config.model_path).resolve())
         self.model = ModelConfig.from_directory(Path(config.model_path))
         check_experts(config, self.model.n_routed_experts)
@@ -79,16 +89,29 @@ class Front:
         self.term = time.time_ns() // 1_000_000
         self.state = ServiceState(needs_epoch=not config.experts_in_process)
         self.state.on_ready_change = self._ready_changed
-        self.journal = Journal(config.max_queued_requests)
+        self.journal = Journal(lambda: self.config.max_queued_requests)
         kind = Kind("the router's engine", engine_module, TO_FRONT, Loaded)
         self.engine = KeptChild(kind, self._configure, self._from_engine, self._engine_ended)
         self.fleet = Fleet()
         self.heartbeats: Heartbeats | None = None
         self.epochs: Epochs | None = None
+        self.tuning = EngineTuning(self.engine.send, self.engine.kill, lambda: self.state.loaded is not None)
+        self._loads = LoadInquiry(self.engine.send, lambda: self.state.loaded is not None)
         self._token = "" if config.experts_in_process else fleet_token(config)
+        self._coverage = 0.0
         self._servers: dict[str, RunningServer] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._has_said_ready = False
+        # Last, so that a checkpoint that cannot be served leaves no version behind.
+        files = None if config.state_dir is None else VersionFiles(Path(config.state_dir))
+        self._history = ConfigHistory(files)
+        self.in_force = ConfigInForce(at_start, self._history)
+        self.reload = Reload(self.in_force, self._history, self.tuning, self._config_changed)
+
+    @property
+    def config(self) -> Config:
+        """The configuration in force."""
+        return self.in_force.config
 
     async def listen(self) -> str:
         """Open all ports; return the line that says where.
@@ -100,7 +123,9 @@ class Front:
         generation = GenerationService(
             self.journal, self.state, self.tokenizer, self._limits, self._describe, self.engine.send
         )
-        admin = AdminService(config, self.state, self._snapshot)
+        admin = AdminService(
+            self.in_force, self._history, self.reload, self.state, self._snapshot, self._loads
+        )
         self._servers["grpc"] = await start_server(
             config.host,
             config.port,
@@ -149,10 +174,19 @@ class Front:
         error = StreamLost("the router is shutting down", "DRAINING")
         self.journal.finish_all(End(error=error))
         await asyncio.gather(*(server.stop(STOP_GRACE_S) for server in self._servers.values()))
+        await self.reload.finish()
+        self._history.close()
         if self.heartbeats is not None:
             await self.heartbeats.stop()
 
+    def reread_file(self) -> None:
+        """Put in force what the file given at start holds now; what goes wrong is logged."""
+        self._spawn(self.reload.reread())
+
     async def _end_engine(self, work: asyncio.Task[None]) -> None:
+        # An engine that is stopped does not agree to anything any more.
+        self.tuning.engine_ended()
+        self._loads.engine_ended()
         await self.engine.stop(Shutdown(), ENGINE_GRACE_S)
         work.cancel()
         await asyncio.gather(work, return_exceptions=True)
@@ -160,12 +194,16 @@ class Front:
     async def _listen_for_workers(self) -> RunningServer:
         config = self.config
         self.heartbeats = Heartbeats(self.fleet, self.term, self._token, self.state.announce)
+        placement = self._placement()
+        layers = ExpertLoads(dict.fromkeys(placement.layers, (0,) * self.model.n_routed_experts))
+        self._coverage = coverage_of(placement, layers).experts
+        logger.info("placement: %s", coverage_of(placement, layers))
         facts = EpochFacts(
             term=self.term,
             world_size=config.world_size,
             model_path=self.model_path,
             dtype=self.dtype,
-            placement=self._placement(),
+            placement=placement,
             exchange=config.exchange,
         )
         self.epochs = Epochs(facts, self.fleet, self.state, self.heartbeats.agent_of, self.engine.send)
@@ -215,6 +253,10 @@ class Front:
                 self.journal.finish([message.request_id], End(error=error))
             case Lost():
                 self._engine_lost(message)
+            case Loads():
+                self._loads.answered(message)
+            case Tuned() | TuneRefused():
+                self.tuning.answered(message)
             case _:
                 self._about_links(message)
 
@@ -245,6 +287,7 @@ class Front:
 
     def _engine_ended(self, why: str) -> None:
         self.state.engine_ended()
+        self.tuning.engine_ended()
         if self.epochs is not None:
             self.epochs.engine_ended()
         error = StreamLost(f"{why}; it is being started again", "ENGINE_LOST")
@@ -270,8 +313,14 @@ class Front:
     def _addresses(self) -> str:
         return " ".join(f"{name}={server.address}" for name, server in self._servers.items())
 
+    def _config_changed(self, before: Config, after: Config) -> None:
+        if before.log_level != after.log_level:
+            set_level(after.log_level)
+        self.state.announce()
+
     def _configure(self) -> Configure:
         config = self.config
+        self.tuning.engine_started()
         return Configure(
             model_path=self.model_path,
             dtype=self.dtype,
@@ -280,14 +329,11 @@ class Front:
             kv_cache_bytes=config.kv_cache_bytes,
             block_size=config.block_size,
             max_seq_len=config.max_seq_len,
-            max_batch_size=config.max_batch_size,
-            max_prefill_tokens=config.max_prefill_tokens,
-            tune=asdict(tune_of(config)),
+            tune=asdict(tune_of(config, 0)),
             term=self.term,
             data_address=config.data_address,
             exchange=config.exchange,
             experts_in_process=config.experts_in_process,
-            deadline_floor_s=config.deadline_floor_s,
             trace_file=None if config.trace_file is None else str(Path(config.trace_file).resolve()),
         )
 
@@ -323,19 +369,7 @@ class Front:
         )
 
     def _snapshot(self) -> Any:
-        return status_of(self.config, self.term, self.state, self.fleet, self.journal)
-
-
-def tune_of(config: Config) -> Tune:
-    """How rows are exchanged: what of a configuration acts from one step to the next."""
-    return Tune(
-        ep_level=config.ep_level,
-        micro_batches=config.micro_batches,
-        chunk_rows=config.chunk_rows,
-        buffer_factors=[[tokens, factor] for tokens, factor in config.alltoall_ep_buffer_scale_factors],
-        cutoff_factor=config.cutoff_factor,
-        cutoff_min_rows=config.cutoff_min_rows,
-    )
+        return status_of(self.in_force, self.term, self.state, self.fleet, self.journal, self._coverage)
 
 
 def _dtype(config: Config, model: ModelConfig) -> str:

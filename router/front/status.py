@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import time
 
-from common.config import Config
 from protos import admin_pb2 as pb
+from router.front.config_in_force import ConfigInForce
 from router.front.fleet import Fleet, Worker
 from router.front.journal import Journal
 from router.front.service_state import ServiceState
 
 
 def status_of(
-    config: Config, term: int, state: ServiceState, fleet: Fleet, journal: Journal
+    in_force: ConfigInForce,
+    term: int,
+    state: ServiceState,
+    fleet: Fleet,
+    journal: Journal,
+    coverage: float,
 ) -> pb.GetStatusResponse:
-    """Take a snapshot."""
+    """Take a snapshot; `coverage` is the placement's share of experts that survive any one loss."""
+    config = in_force.config
     stats, loaded = state.stats, state.loaded
     times = stats.workers if stats is not None and state.is_linked else []
     status = pb.GetStatusResponse(
@@ -22,18 +28,21 @@ def status_of(
         not_ready_reason=state.why_not_ready,
         epoch=state.epoch,
         term=term,
-        config_version=1,
+        config_version=in_force.version.number,
         ep_level=config.ep_level,
         expected_workers=config.world_size,
-        workers=[_worker(worker, times) for worker in _by_rank(fleet)],
+        workers=[_worker(worker, times, config.grouped_matmul) for worker in _by_rank(fleet)],
         num_requests_running=stats.num_running if stats else 0,
         num_requests_waiting=stats.num_waiting if stats else journal.num_waiting,
         kv_blocks_used=stats.kv_blocks_used if stats else 0,
         kv_blocks_total=loaded.kv_blocks if loaded else 0,
-        warnings=[*config.warnings, *_fleet_warnings(fleet)],
+        warnings=[*in_force.warnings, *_fleet_warnings(fleet)],
         model_name=config.model_name,
         engine_state=state.engine_state,
         num_steps=stats.num_steps if stats else 0,
+        a2a_overflow_rounds=stats.extra_rounds if stats else 0,
+        cutoff_extra_passes=stats.extra_passes if stats else 0,
+        coverage=coverage,
     )
     if loaded is not None:
         status.engine_loaded_bytes = status.engine_total_bytes = loaded.loaded_bytes
@@ -47,7 +56,8 @@ def _by_rank(fleet: Fleet) -> list[Worker]:
     return sorted(fleet.workers.values(), key=lambda one: (one.ep_rank < 0, one.ep_rank, one.order))
 
 
-def _worker(worker: Worker, times: list[list[float]]) -> pb.ExpertWorkerStatus:
+def _worker(worker: Worker, times: list[list[float]], grouped_matmul: str) -> pb.ExpertWorkerStatus:
+    is_off = grouped_matmul == "off"
     status = pb.ExpertWorkerStatus(
         ep_rank=worker.ep_rank,
         worker_id=worker.worker_id,
@@ -60,6 +70,9 @@ def _worker(worker: Worker, times: list[list[float]]) -> pb.ExpertWorkerStatus:
         last_heartbeat_s=max(time.monotonic() - worker.heard_s, 0.0),
         incarnation=worker.incarnation,
         arithmetic=worker.arithmetic,
+        grouped_matmul="one product after another for each expert: groupedMatmul is off"
+        if is_off
+        else worker.grouped_matmul,
     )
     if 0 <= worker.ep_rank < len(times) and len(times[worker.ep_rank]) == 3:
         receive_s, compute_s, reply_s = times[worker.ep_rank]

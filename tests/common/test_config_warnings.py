@@ -26,7 +26,6 @@ def test_the_example_of_ep_level_1_asks_for_nothing_that_is_not_done(tmp_path: P
 
 
 OTHER_VALUES: dict[str, Any] = {
-    "ExpertMesh.groupedMatmul": "off",
     "ExpertMesh.topology": "switch",
 }
 

@@ -13,6 +13,7 @@ import pytest
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from common.config import MARKS
 from common.config_file import ConfigFile
 from common.deepseek_section import DeepseekV2
 from common.expertmesh_section import ExpertMeshSection
@@ -20,6 +21,7 @@ from common.mindie import BackendConfig, LogConfig, ScheduleConfig, ServerConfig
 from common.mindie_model import ModelConfig, ModelDeployConfig
 from common.mindie_tls import BackendTls, ServerTls
 from common.not_built import REFUSED, REPORTED
+from common.reload_class import DRAIN, FLEET, HOT, ROUTER, WORKERS, ReloadClass
 from common.section import Ignored, key_of
 from tests.source import ROOT
 
@@ -143,3 +145,32 @@ def test_the_document_says_whether_it_acts(title: str, key: str, field: FieldInf
         assert row.effect == "acts"
     assert [reason for reason in reasons if reason != row.meaning.replace("`", "")] == []
     assert ("Not built in this version" in row.meaning) == (f"{title}.{key}" in REPORTED)
+
+
+WHAT_IS_STARTED_AGAIN = {
+    "": HOT,
+    "the router": ROUTER,
+    "the router and its expert workers": FLEET,
+    "the expert workers": WORKERS,
+}
+
+
+def test_the_document_has_the_reload_class_of_every_key() -> None:
+    lines = [line for line in document()["Reload"].splitlines() if line.startswith("| ")][1:]
+    found: dict[str, ReloadClass] = {}
+    for name, when, keys in ([cell.strip() for cell in line.strip("|").split(" | ")] for line in lines):
+        started = re.search(r"when (the .*) (was|were) started again$", when)
+        reload = DRAIN if name == "drain" else WHAT_IS_STARTED_AGAIN[started[1] if started else ""]
+        assert reload.name == name
+        for key in re.findall(r"`([^`]+)`", keys):
+            assert key not in found, "a key has two classes"
+            found[key] = reload
+    assert found == {mark.key: mark.reload for mark in MARKS.values()}
+
+
+def test_what_is_not_hot_says_what_a_change_needs() -> None:
+    assert HOT.needs == ""
+    assert "expert workers" in FLEET.needs
+    assert "expert workers" in WORKERS.needs
+    assert "finish" in DRAIN.needs
+    assert "router" in ROUTER.needs

@@ -45,6 +45,15 @@ def run_step(
     chunk_rows: int = 0,
     pass_rows: int = 0,
 ) -> Tensor:
-    bounds = {"round_rows": round_rows, "chunk_rows": chunk_rows, "pass_rows": pass_rows}
-    exchange.begin(StepHeader(term, epoch, step_id, level, given[0].shape[0], **bounds), origins)
+    header = StepHeader(
+        term,
+        epoch,
+        step_id,
+        level,
+        given[0].shape[0],
+        round_rows=round_rows,
+        chunk_rows=chunk_rows,
+        pass_rows=pass_rows,
+    )
+    exchange.begin(header, origins)
     return exchange.combine(exchange.dispatch(LAYER, 0, *given))

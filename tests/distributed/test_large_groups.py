@@ -15,12 +15,13 @@ import grpc
 import psutil
 import pytest
 
-from common.config import load_config
+from common.config import load_config, resolve
 from common.grpc_server import CHANNEL_OPTIONS
 from expert_worker.agent import Agent
 from protos import generation_pb2 as pb
 from protos import generation_pb2_grpc
 from router.front.server import Front
+from router.messages import CommitTune
 from tests.distributed.forked_executor import PATH_VARIABLE
 from tests.e2e.fleet import fleet_of, generate
 from tests.router.engine_child import tune
@@ -91,7 +92,7 @@ async def forkserver(folder: Path) -> AsyncIterator[psutil.Process]:
 @asynccontextmanager
 async def fleet(folder: Path, model: Path, num_workers: int) -> AsyncIterator[tuple[Front, str]]:
     """A router and its address, and workers whose agents live in this process."""
-    front = Front(load_config(configuration(folder, model, num_workers)))
+    front = Front(resolve(configuration(folder, model, num_workers)))
     addresses = dict(part.split("=") for part in (await front.listen()).split() if "=" in part)
     work = [asyncio.create_task(front.run())]
     agents = []
@@ -150,7 +151,8 @@ async def test_a_large_group_gives_the_answers_of_one_process_at_both_levels_wit
 ) -> None:
     async with forkserver(tmp_path) as server, fleet(tmp_path, model, num_workers) as (front, address):
         for ep_level in (1, 2, 1):
-            front.engine.send(tune(ep_level))
+            front.engine.send(tune(ep_level, tune_id=ep_level, deadline_floor_s=30.0))
+            front.engine.send(CommitTune(ep_level))
             found = [await greedy(address, prompt) for prompt in PROMPTS]
             together = await asyncio.gather(*(greedy(address, prompt) for prompt in PROMPTS))
             assert found == expected

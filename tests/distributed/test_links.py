@@ -13,6 +13,7 @@ import torch
 from common import process_group
 from common.errors import LinkError, WorkerLost
 from common.exchange import StepHeader
+from common.exchange.links_router import LinksRouterExchange
 from common.exchange.loopback import LoopbackExchange
 from common.exchange.routing import RowShape
 from common.placement import contiguous
@@ -44,7 +45,7 @@ def test_links_give_the_bits_of_a_naive_loop_at_both_levels(
 def test_loopback_gives_the_bits_of_a_naive_loop(num_tokens: int) -> None:
     experts = {LAYER: tuple(range(E))}
     loopback = LoopbackExchange(
-        lambda layer, rows, counts: fleet.compute(experts[layer], rows, counts),
+        lambda layer, rows, counts, _: fleet.compute(experts[layer], rows, counts),
         experts,
     )
     given = inputs(num_tokens, torch.float32)
@@ -74,6 +75,29 @@ def test_a_lost_worker_is_named_with_layer_and_phase(
         assert lost.value.num_bytes > 0
         with pytest.raises(LinkError):
             router.begin(StepHeader(fleet.TERM, fleet.EPOCH, 2, level, 17))
+    finally:
+        for child in children:
+            child.kill()
+            child.wait(5)
+
+
+def test_another_deadline_floor_acts_from_the_next_rows_on() -> None:
+    placement, shape = contiguous(E, 2, [LAYER]), RowShape(D, K, torch.float32)
+    store = process_group.open_store("127.0.0.1")
+    children = [fleet.start_worker(store, rank, placement, shape, 0.05) for rank in range(2)]
+    try:
+        router = fleet.join_workers(store, placement, shape, floor_s=60.0, ask_progress=lambda rank: 1)
+        given = inputs(17, torch.float32)
+        assert torch.equal(run_step(router, 0, 2, given, fleet.TERM), naive(*given))
+        assert isinstance(router, LinksRouterExchange)
+        router.set_deadline_floor(0.3)
+        router.begin(StepHeader(fleet.TERM, fleet.EPOCH, 1, 2, 17))
+        flight = router.dispatch(LAYER, 0, *given)
+        os.kill(children[0].pid, signal.SIGSTOP)
+        start = time.monotonic()
+        with pytest.raises(WorkerLost):
+            router.combine(flight)
+        assert time.monotonic() - start < 5.0
     finally:
         for child in children:
             child.kill()

@@ -107,7 +107,9 @@ def test_workers_give_the_bits_of_one_process_in_every_format(
     root: Path, name: str, num_workers: int
 ) -> None:
     layer = hold(root / name, ALL)
-    loopback = LoopbackExchange(lambda _, rows, counts: layer.forward(rows, counts), ALL)
+    loopback = LoopbackExchange(
+        lambda _, rows, counts, grouped: layer.forward(rows, counts, is_grouped=grouped), ALL
+    )
     with workers(root / name, num_workers) as router:
         for step_id, (level, count) in enumerate(itertools.product((1, 2), (1, 5, 64))):
             assert torch.equal(step(router, step_id, level, count), step(loopback, step_id, level, count))

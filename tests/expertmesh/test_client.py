@@ -13,7 +13,8 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from common.errors import ControlError, ExpertMeshError, NotReady, QueueFull, RequestError, StreamLost
-from expertmesh.client import AdminClient, Chunk, Client, Finished, Logprob, Message, Sampling, Started
+from expertmesh.admin_client import AdminClient
+from expertmesh.client import Chunk, Client, Finished, Logprob, Message, Sampling, Started
 from protos import generation_pb2 as pb
 from protos import generation_pb2_grpc
 

@@ -112,18 +112,23 @@ def note(answer: Answer, event: dict[str, Any]) -> None:
 def tune(ep_level: int = 2, micro_batches: int = 1, **other: Any) -> Tune:
     """How rows are exchanged: everything at once, unless said otherwise."""
     fields: dict[str, Any] = {
+        "tune_id": 0,
         "ep_level": ep_level,
         "micro_batches": micro_batches,
         "chunk_rows": 0,
         "buffer_factors": [[0, 8.0]],
         "cutoff_factor": None,
         "cutoff_min_rows": 4096,
+        "is_grouped": True,
+        "max_batch_size": 8,
+        "max_prefill_tokens": 64,
+        "deadline_floor_s": 0.25,
     }
     return Tune(**fields | other)
 
 
 def configure(model_path: Path, **overrides: Any) -> Configure:
-    """The Configure of a small engine with its experts in its own process."""
+    """The Configure of a small engine with its experts in its own process; overrides may be a Tune's."""
     fields: dict[str, Any] = {
         "model_path": str(model_path),
         "dtype": "float32",
@@ -132,17 +137,14 @@ def configure(model_path: Path, **overrides: Any) -> Configure:
         "kv_cache_bytes": 8 << 20,
         "block_size": 16,
         "max_seq_len": None,
-        "max_batch_size": 8,
-        "max_prefill_tokens": 64,
-        "tune": asdict(tune()),
         "term": 1,
         "data_address": "127.0.0.1",
         "exchange": "links",
         "experts_in_process": True,
-        "deadline_floor_s": 0.25,
         "trace_file": None,
     }
-    return Configure(**fields | overrides)
+    tuned = {name: overrides.pop(name) for name in Tune.__dataclass_fields__ if name in overrides}
+    return Configure(**fields | {"tune": asdict(tune(**tuned))} | overrides)
 
 
 @contextmanager

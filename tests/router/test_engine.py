@@ -18,6 +18,7 @@ from common.exchange import Dispatched, Extra, RouterExchange, RowOrigins, StepH
 from common.model_config import ModelConfig
 from router.batch import Batch
 from router.engine import Engine, Membership
+from router.expert_load import ExpertLoads
 from router.messages import Lost, Rejected, Stats, Submit, Tokens
 from router.model.latent_cache import LatentCache
 from router.scheduler import Limits, Scheduler
@@ -65,7 +66,7 @@ def stand_in_for_one(batch: Batch, cache: LatentCache, exchange: RouterExchange)
     slots = cache.layer(0).reshape(-1, 2)
     slots[batch.slot_mapping, 0] = batch.input_ids.float()
     none = torch.zeros(len(batch.input_ids), 1)
-    exchange.combine(exchange.dispatch(0, 0, none, none, none))
+    exchange.combine(exchange.dispatch(0, 0, none, none.long(), none))
     block_size = cache.block_size
     contexts: dict[int, list[float]] = {}
     for span in batch.prefills:
@@ -97,6 +98,7 @@ class Bench:
     def __init__(self, limits: Limits = ROOMY, micro_batches: int = 1) -> None:
         config = ModelConfig.model_construct(num_hidden_layers=1, kv_lora_rank=1, qk_rope_head_dim=1)
         self.sent: list[Any] = []
+        self.floors: list[float] = []
         self.scheduler = Scheduler(limits)
         self.engine = Engine(
             stand_in,
@@ -107,12 +109,14 @@ class Bench:
             term=9,
             num_experts_per_tok=1,
             tune=tune(2, micro_batches),
+            loads=ExpertLoads(1, [0]),
             send=self.sent.append,
         )
 
     def adopt(self, epoch: int = 1, lost_in_step: int | None = None) -> ScriptedExchange:
         exchange = ScriptedExchange(lost_in_step)
-        self.engine.adopt(Membership(epoch, exchange, 2, lambda: [[0.0, 0.0, 0.0]]))
+        membership = Membership(epoch, exchange, 2, lambda: [[0.0, 0.0, 0.0]], self.floors.append)
+        self.engine.adopt(membership)
         return exchange
 
     def run(self) -> dict[str, list[dict[str, Any]]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from common.placement import Placement, contiguous
 from expert_worker.in_process import open_experts
 from expert_worker.step_loop import serve
 from router.messages import Connect, Disconnect, Linked, LinkFailed, Loaded, Lost, Tokens
-from tests.router.engine_child import EngineChild, engine, tune
+from tests.router.engine_child import EngineChild, engine
 from tests.router.test_engine_process import SMALL, mixed_requests, request
 from tests.tiny_checkpoint import write_checkpoint
 
@@ -68,7 +67,9 @@ class Worker:
             serve(self._exchange, self._outputs, self._is_stopped.is_set)
 
     def _outputs(self, received: Received) -> Tensor:
-        return self._compute(received.layer_id, received.rows, received.tokens_per_expert)
+        return self._compute(
+            received.layer_id, received.rows, received.tokens_per_expert, received.is_grouped
+        )
 
 
 class Workers:
@@ -118,7 +119,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def linked(checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[tuple[EngineChild, Workers]]:
     overrides = {
         "experts_in_process": False,
-        "tune": asdict(tune(request.param)),
+        "ep_level": request.param,
         "term": TERM,
         "deadline_floor_s": 5.0,
     }

@@ -1,0 +1,116 @@
+"""A hundred reloads under load: the exchange changes between two steps, and no stream notices."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+
+from protos import admin_pb2, admin_pb2_grpc
+from tests.e2e.fleet import Answer, Fleet, fleet_of, generate
+
+NUM_RELOADS = 100
+STREAMS: list[tuple[str, dict[str, Any]]] = [
+    ("Nothing is dropped silently, and", {"temperature": 0.0}),
+    ("x", {"temperature": 0.9, "seed": 3, "top_k": 40}),
+    ("1 2 3 4 5 6 7 8 9", {"temperature": 1.0, "seed": 4, "top_p": 0.9}),
+]
+LONG: dict[str, Any] = {"max_tokens": 60, "ignore_eos": True, "logprobs": 1}
+
+
+class Operator:
+    """Reloads the configuration of a fleet."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.channel = grpc.insecure_channel(fleet.admin_address)
+        self.stub = admin_pb2_grpc.AdminServiceStub(self.channel)
+        self.document: dict[str, Any] = json.loads(self.get().config_json)
+
+    def get(self) -> admin_pb2.GetConfigResponse:
+        return self.stub.GetConfig(admin_pb2.GetConfigRequest(), timeout=5)
+
+    def reload(self, ep_level: int, micro_batches: int) -> admin_pb2.ReloadConfigResponse:
+        """Change the exchange; everything else stays as the fleet was started."""
+        model = self.document["ModelDeployConfig"]["ModelConfig"][0]
+        model.setdefault("models", {}).setdefault("deepseekv2", {})["ep_level"] = ep_level
+        self.document.setdefault("ExpertMesh", {})["microBatches"] = micro_batches
+        request = admin_pb2.ReloadConfigRequest(config_json=json.dumps(self.document))
+        return self.stub.ReloadConfig(request, timeout=30)
+
+
+def stream(fleet: Fleet, number: int) -> Answer:
+    prompt, how = STREAMS[number % len(STREAMS)]
+    return generate(fleet, prompt, **LONG, **how)
+
+
+def keep_streaming(fleet: Fleet, number: int, is_over: list[bool]) -> list[Answer]:
+    answers = []
+    while not is_over:
+        answers.append(stream(fleet, number))
+    return answers
+
+
+@pytest.mark.e2e
+def test_a_hundred_reloads_between_steps_disturb_no_stream_and_change_no_bit(v3_model: Path) -> None:
+    with fleet_of(v3_model, "--expert-workers", "2") as fleet:
+        expected = [stream(fleet, number) for number in range(len(STREAMS))]
+        operator = Operator(fleet)
+        first = operator.get().version
+        epoch = fleet.status().epoch
+        is_over: list[bool] = []
+        took_s = []
+        with ThreadPoolExecutor(len(STREAMS)) as pool:
+            running: list[Future[list[Answer]]] = [
+                pool.submit(keep_streaming, fleet, number, is_over) for number in range(len(STREAMS))
+            ]
+            try:
+                for count in range(NUM_RELOADS):
+                    began = time.monotonic()
+                    response = operator.reload(ep_level=2 - count % 2, micro_batches=1 + count % 3)
+                    took_s.append(time.monotonic() - began)
+                    assert (response.applied, response.version) == (True, first + count + 1)
+            finally:
+                is_over.append(True)
+        for number, future in enumerate(running):
+            answers = future.result(60)
+            assert answers
+            assert all(answer == expected[number] for answer in answers)
+        status = fleet.status()
+        assert (status.ready, status.epoch, status.config_version) == (True, epoch, first + NUM_RELOADS)
+        assert status.ep_level == 1
+        assert max(took_s) < 10
+
+
+@pytest.mark.e2e
+def test_an_engine_that_is_killed_after_reloads_comes_back_with_the_configuration_in_force(
+    v3_model: Path, tmp_path: Path
+) -> None:
+    state = tmp_path / "state"
+    with fleet_of(v3_model, "--expert-workers", "1", EXPERTMESH_STATE_DIR=str(state)) as fleet:
+        before = stream(fleet, 0)
+        operator = Operator(fleet)
+        assert operator.reload(ep_level=2, micro_batches=2).version == 2
+        assert stream(fleet, 0) == before
+        fleet.engine().kill()
+        fleet.wait_until(lambda status: not status.ready)
+        status = fleet.wait_until(lambda status: status.ready)
+        assert (status.config_version, status.ep_level) == (2, 2)
+        assert stream(fleet, 0) == before
+        assert sorted(path.name for path in state.glob("config-*")) == [
+            "config-0000000001.json",
+            "config-0000000002.json",
+        ]
+        router = fleet.engine().parent()
+        assert isinstance(router, psutil.Process)
+        # The file that `up` gave the router is as it was: reading it again takes the reload back.
+        router.send_signal(signal.SIGHUP)
+        status = fleet.wait_until(lambda status: status.config_version == 3)
+        assert status.ep_level == 1
+        assert stream(fleet, 0) == before
