@@ -31,7 +31,7 @@ $(VENV)/.installed: pyproject.toml scripts/setup.sh hatch_build.py $(wildcard co
 	@PYTHON='$(PYTHON)' TORCH_INDEX_URL='$(TORCH_INDEX_URL)' scripts/setup.sh $(VENV)
 	@touch $@
 
-demo: setup  ## Start a router and two expert workers and stream an answer
+demo: setup  ## Start a router and two expert workers on the demo model and stream an answer
 	@scripts/demo.sh $(BIN)
 
 test: setup  ## Run the tests (no accelerator needed)
@@ -69,6 +69,6 @@ bench: setup  ## Run the benchmarks of benchmarks/ (see its README)
 	@$(BIN)/python -m benchmarks.v2_lite_shape .cache/v2-lite-shape
 	@$(BIN)/python -m benchmarks.bench_serving .cache/v2-lite-shape
 
-clean:  ## Remove what was made: environment, demo checkpoint, caches
+clean:  ## Remove what was made: environment, benchmark checkpoints, caches
 	@rm -rf $(VENV) common/native/*.so .cache build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

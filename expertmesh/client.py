@@ -56,6 +56,18 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation. `role` is "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+Prompt = str | Sequence[int] | Sequence[Message]
+"""What to continue: a text, token ids, or a conversation whose next turn is the assistant's."""
+
+
+@dataclass(frozen=True, slots=True)
 class Started:
     """The request was taken in."""
 
@@ -132,20 +144,17 @@ class Client:
 
     async def generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         sampling: Sampling | None = None,
         *,
         request_id: str = "",
         timeout_s: float | None = None,
     ) -> AsyncIterator[Event]:
-        """Stream the answer to a text, or to token ids. Leaving the loop cancels the request."""
+        """Stream the answer to a text, token ids or a conversation. Leaving the loop cancels the request."""
         request = generation_pb2.GenerateRequest(
             request_id=request_id, sampling=(sampling or Sampling()).message()
         )
-        if isinstance(prompt, str):
-            request.text = prompt
-        else:
-            request.token_ids.ids.extend(prompt)
+        _set_prompt(request, prompt)
         call = self._stub.Generate(request, timeout=timeout_s)
         try:
             async for response in call:
@@ -158,7 +167,7 @@ class Client:
 
     async def answer(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         sampling: Sampling | None = None,
         *,
         timeout_s: float | None = None,
@@ -210,6 +219,19 @@ class Client:
             return await self._stub.GetModelInfo(generation_pb2.GetModelInfoRequest(), timeout=CALL_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             raise error_from(error, self.target) from error
+
+
+def _set_prompt(request: generation_pb2.GenerateRequest, prompt: Prompt) -> None:
+    if isinstance(prompt, str):
+        request.text = prompt
+        return
+    # An empty prompt is sent too, so that the router says what is wrong with it.
+    request.token_ids.SetInParent()
+    for one in prompt:
+        if isinstance(one, Message):
+            request.chat.messages.add(role=one.role, content=one.content)
+        else:
+            request.token_ids.ids.append(one)
 
 
 def event_from(response: generation_pb2.GenerateResponse) -> Event | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ class Tokenizer:
         self.bos_token_id = self._find_bos(settings)
         added = {} if fast is None else fast.get_added_tokens_decoder()
         self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._added = {token.content: token_id for token_id, token in added.items()}
 
     @classmethod
     def from_directory(cls, path: Path, vocab_size: int) -> Tokenizer:
@@ -67,9 +69,7 @@ class Tokenizer:
             RequestError: the checkpoint has no tokenizer; `field` is named as the culprit.
         """
         if self._fast is None:
-            raise RequestError(
-                field, f"{field} is set, but the checkpoint has no tokenizer.json: send token_ids instead"
-            )
+            raise self._no_tokenizer(field)
         ids: list[int] = self._fast.encode(
             text, add_special_tokens=add_special_tokens and self._own_specials
         ).ids
@@ -77,6 +77,31 @@ class Tokenizer:
         if add_special_tokens and bos is not None and ids[:1] != [bos]:
             ids.insert(0, bos)
         return ids
+
+    def added_id(self, content: str) -> int | None:
+        """The id of a token that stands beside the vocabulary of text, such as those of conversations."""
+        return self._added.get(content)
+
+    def encode_verbatim(self, text: str, field: str) -> list[int]:
+        """Turn text into ids of ordinary tokens alone: what is spelled like a special token stays text.
+
+        Raises:
+            RequestError: the checkpoint has no tokenizer; `field` is named as the culprit.
+        """
+        if self._verbatim is None:
+            raise self._no_tokenizer(field)
+        ids: list[int] = self._verbatim.encode(text, add_special_tokens=False).ids
+        return ids
+
+    @cached_property
+    def _verbatim(self) -> FastTokenizer | None:
+        """The same tokenizer without any added token, made when the first conversation comes.
+
+        encode_special_tokens would not do: DeepSeek's <User> and <Assistant> are added, but not special.
+        """
+        if self._fast is None:
+            return None
+        return FastTokenizer.from_str(json.dumps(json.loads(self._fast.to_str()) | {"added_tokens": []}))
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Turn token ids into text. An id without an entry in tokenizer.json has no text."""
@@ -99,6 +124,12 @@ class Tokenizer:
         """Whether the token is one byte of a byte-fallback run, whose text depends on the whole run."""
         token = None if self._fast is None else self._fast.id_to_token(token_id)
         return token is not None and SINGLE_BYTE.match(token) is not None
+
+    @staticmethod
+    def _no_tokenizer(field: str) -> RequestError:
+        return RequestError(
+            field, f"{field} is set, but the checkpoint has no tokenizer.json: send token_ids instead"
+        )
 
     def _text(self, visible: Sequence[int]) -> str:
         if self._fast is None or not visible:

@@ -1,26 +1,17 @@
 #!/usr/bin/env bash
-# Starts a router and two expert workers on a small checkpoint, streams an answer to stdout, and stops them.
+# Starts a router and two expert workers on the trained demo model, streams an answer to stdout, and stops them.
 # $1 is the bin folder of the virtual environment.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 bin=$1
-model=.cache/demo
-prompt='The experts of a mixture'
+prompt='Question: What is expert parallelism? Answer:'
 
 say() { printf 'demo: %s\n' "$*" >&2; }
 
-if [[ ! -f $model/config.json ]]; then
-  say "writing a small DeepSeek-V3-shaped checkpoint with random weights to $model (once)"
-  rm -rf "$model" "$model.partial"
-  mkdir -p .cache
-  "$bin/python" -m tests.tiny_checkpoint "$model.partial" --family v3
-  mv "$model.partial" "$model"
-fi
-
-say "starting a router and two expert workers; the text will be random, because the weights are"
+say "starting a router and two expert workers on examples/demo_model, a model of 6 million parameters"
 say "prompt: $prompt"
-"$bin/expertmesh" generate "$prompt" --model "$model" --expert-workers 2 \
-  --max-tokens 48 --ignore-eos --temperature 0.8 --seed 7
-say "that was random text from random weights, streamed over gRPC; router and expert workers are stopped"
-say "your own: $bin/expertmesh up --model DIR, then $bin/expertmesh generate 'Hello'"
+"$bin/expertmesh" generate "$prompt" --model examples/demo_model --expert-workers 2 --temperature 0 --max-tokens 64
+say "that was streamed over gRPC; router and expert workers are stopped"
+say "talk to it: $bin/expertmesh chat --model examples/demo_model --temperature 0"
+say "your own model: $bin/expertmesh up --model DIR, then $bin/expertmesh generate 'Hello'"

@@ -65,6 +65,7 @@ EMPTY_INITS = (
 TORCH_FREE = (
     *("expertmesh", "router/front", "router/__main__", "router/messages", "router/sequence", "router/plan"),
     *("router/placement", "router/scheduler", "router/block_allocator", "router/tokenizer", "router/tuning"),
+    "router/chat",
     *(
         "expert_worker/__main__",
         "expert_worker/agent",

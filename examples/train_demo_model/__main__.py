@@ -2,6 +2,7 @@
 
 Interrupt it whenever you like: the same command goes on from where it last saved, and draws the same batches.
 When it is done, examples/demo_model holds the checkpoint, its model card and the curve of its loss.
+The card says how its W8A8 version is made.
 """
 
 from __future__ import annotations

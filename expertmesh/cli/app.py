@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from expertmesh.cli.bench import bench
+from expertmesh.cli.chat import chat
 from expertmesh.cli.config import config
 from expertmesh.cli.experts import experts
 from expertmesh.cli.generate import generate
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 app.command()(up)
 app.command()(generate)
+app.command()(chat)
 app.command()(status)
 app.command()(experts)
 app.add_typer(config)

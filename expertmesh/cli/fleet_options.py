@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import load_config
+from expertmesh.demo_model import demo_model
 from expertmesh.fleet import FleetSettings
 
 DEFAULT_TARGET = "127.0.0.1:1025"
@@ -56,9 +57,12 @@ class FleetOptions:
         return FleetSettings(settings, {key: value for key, value in own.items() if value is not None})
 
     def _apply_model(self, model: dict[str, Any]) -> None:
-        if self.model is not None:
-            model["modelWeightPath"] = str(self.model.resolve())
-            model.setdefault("modelName", model_name_of(self.model))
+        directory = self.model
+        if directory is None and model.get("modelWeightPath") is None:
+            directory = demo_model()
+        if directory is not None:
+            model["modelWeightPath"] = str(directory.resolve())
+            model.setdefault("modelName", model_name_of(directory))
         if self.expert_workers is not None:
             for key in ("worldSize", "moe_ep", "moe_tp"):
                 model.pop(key, None)

@@ -15,7 +15,10 @@ from expertmesh.fleet import Fleet
 
 
 def up(  # noqa: PLR0913, PLR0917 - one per flag
-    model: Annotated[Path | None, typer.Option(help="Directory of the checkpoint.")] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Directory of the checkpoint. Default in a source checkout: the demo model."),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="Configuration file in MindIE's layout.")] = None,
     expert_workers: Annotated[
         int | None,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from protos import generation_pb2 as pb
 from protos import generation_pb2_grpc
+from router.chat import Message, encode_conversation
 from router.front.answer import stream_answer
 from router.front.journal import ABORTED, End, Entry, Journal
 from router.front.sampling_params import Limits, check_ids, check_supported, submit_from
@@ -96,12 +97,21 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         check_supported(request)
         self._state.check_ready()
         self._journal.check_room()
-        is_text = request.WhichOneof("prompt") == "text"
-        prompt = await self._encode(request.text, True) if is_text else list(request.token_ids.ids)
+        prompt = await self._prompt_of(request)
         # Tokenizing may have taken a while, and the engine may have been lost meanwhile.
         self._state.check_ready()
         request_id = request.request_id or secrets.token_hex(16)
         return self._journal.open(submit_from(request, request_id, prompt, self._limits()))
+
+    async def _prompt_of(self, request: pb.GenerateRequest) -> list[int]:
+        match request.WhichOneof("prompt"):
+            case "text":
+                return await self._encode(request.text, True)
+            case "chat":
+                messages = [Message(one.role, one.content) for one in request.chat.messages]
+                # The first conversation makes a tokenizer, which takes a good part of a second.
+                return await asyncio.to_thread(encode_conversation, messages, self._tokenizer)
+        return list(request.token_ids.ids)
 
     async def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         if len(text) < LONG_TEXT:

@@ -16,6 +16,9 @@ MAX_REQUEST_ID = 128
 SEED_BITS = 63
 MAX_TEMPERATURE = 1000.0
 
+PROMPT_FIELDS = {"text": "text", "token_ids": "token_ids.ids", "chat": "chat.messages"}
+"""What is named when a prompt is too long, by how it was given."""
+
 # Fields that have no effect yet: the value that asks for nothing.
 NEUTRAL: dict[str, float | bool] = {
     "min_p": 0.0,
@@ -58,9 +61,7 @@ def check_supported(request: pb.GenerateRequest) -> None:
             "request_id", f"request_id must be at most {MAX_REQUEST_ID} printable characters, or empty"
         )
     if request.WhichOneof("prompt") is None:
-        raise RequestError("prompt", "no prompt is set: set text or token_ids")
-    if request.WhichOneof("prompt") == "chat":
-        raise RequestError("chat", "chat is not supported yet: render the conversation and send it as text")
+        raise RequestError("prompt", "no prompt is set: set text, token_ids or chat")
     if request.priority != 0:
         raise RequestError("priority", f"priority is {request.priority}, but only 0 is supported yet")
     sampling = request.sampling
@@ -81,8 +82,7 @@ def submit_from(request: pb.GenerateRequest, request_id: str, prompt: list[int],
     Raises:
         RequestError: naming the field, the value and the rule.
     """
-    field = "text" if request.WhichOneof("prompt") == "text" else "token_ids.ids"
-    prompt = _fitting(prompt, field, limits)
+    prompt = _fitting(prompt, PROMPT_FIELDS[request.WhichOneof("prompt") or "text"], limits)
     sampling = request.sampling
     temperature = sampling.temperature if sampling.HasField("temperature") else 1.0
     if not 0 <= temperature <= MAX_TEMPERATURE:

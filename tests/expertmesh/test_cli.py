@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from common.config import Config
-from common.errors import ConfigError
 from expertmesh.cli.fleet_options import FleetOptions
 from expertmesh.cli.terminal import plain
 from protos import admin_pb2
@@ -87,13 +89,34 @@ def test_a_model_is_named_after_its_directory(name: str, expected: str, tmp_path
     assert effective(FleetOptions(model=tmp_path / name), tmp_path).model_name == expected
 
 
-def test_no_model_is_refused_with_the_flag_to_use(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--model"):
-        effective(FleetOptions(), tmp_path)
+def test_a_source_checkout_serves_the_demo_model_when_nobody_names_one(tmp_path: Path) -> None:
+    config = effective(FleetOptions(), tmp_path)
+    assert (config.model_path, config.model_name) == (str(ROOT / "examples" / "demo_model"), "demo_model")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"ModelDeployConfig": {"ModelConfig": [{"modelWeightPath": "/weights"}]}}))
+    assert effective(FleetOptions(config=file), tmp_path).model_path == "/weights"
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """A folder with what a wheel holds and nothing else."""
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    for name in packages["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]:
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def test_an_installed_wheel_has_no_demo_model_and_names_the_flag_to_use(installed: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    command = [sys.executable, "-m", "expertmesh", "up", "--port", "0"]
+    result = subprocess.run(
+        command, cwd=installed, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "expertmesh: no checkpoint was given: name its directory with --model DIR\n"
 
 
 BAD_INPUT = [
-    (["up"], "--model"),
     (["up", "--model", "nowhere", "--config", "nowhere.json"], "nowhere.json"),
     (["up", "--model", "nowhere", "--ep-level", "3"], "--ep-level"),
     (["up", "--model", "nowhere", "--http-port", "80"], "httpPort"),
@@ -101,6 +124,8 @@ BAD_INPUT = [
     (["up", "--model", "nowhere", "--device", "abacus"], "--device"),
     (["generate", "Hello", "--model", "nowhere", "--target", "localhost:1"], "--target"),
     (["generate", "Hello", "--max-tokens", "0"], "--max-tokens"),
+    (["chat", "--model", "nowhere", "--target", "localhost:1"], "--target"),
+    (["chat", "--temperature", "-1"], "--temperature"),
     (["status", "--nonsense"], "--nonsense"),
     (["nonsense"], "nonsense"),
 ]

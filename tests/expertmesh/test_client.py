@@ -14,7 +14,7 @@ from grpc_status import rpc_status
 
 from common.errors import ControlError, ExpertMeshError, NotReady, QueueFull, RequestError, StreamLost
 from expertmesh.admin_client import AdminClient
-from expertmesh.client import Chunk, Client, Finished, Logprob, Sampling, Started
+from expertmesh.client import Chunk, Client, Finished, Logprob, Message, Sampling, Started
 from protos import generation_pb2 as pb
 from protos import generation_pb2_grpc
 
@@ -109,6 +109,18 @@ async def test_the_events_of_a_stream_are_typed() -> None:
     # Unset means the router's default, zero means zero.
     assert sent.sampling.HasField("temperature")
     assert not sent.sampling.HasField("top_p")
+
+
+async def test_a_conversation_is_sent_as_messages() -> None:
+    service = scripted(pb.GenerateResponse(finished=pb.Finished()))
+    server, target = await serve(service)
+    async with Client(target) as client:
+        await client.answer([Message("system", "Be brief."), Message("user", "Hi")])
+    await server.stop(0)
+    sent = service.requests[0]
+    assert sent.WhichOneof("prompt") == "chat"
+    messages = [(one.role, one.content) for one in sent.chat.messages]
+    assert messages == [("system", "Be brief."), ("user", "Hi")]
 
 
 def packed(detail: error_details_pb2.BadRequest) -> any_pb2.Any:

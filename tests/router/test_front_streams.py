@@ -64,6 +64,34 @@ async def test_max_tokens_is_bounded_by_what_fits_and_a_stop_token_ends_the_answ
         assert stopped.matched_stop.token_id == 60
 
 
+def chat_of(*turns: tuple[str, str]) -> pb.GenerateRequest:
+    messages = [pb.ChatMessage(role=role, content=content) for role, content in turns]
+    return pb.GenerateRequest(chat=pb.Chat(messages=messages))
+
+
+async def test_a_conversation_is_rendered_and_answered(tmp_path: Path) -> None:
+    async with running_front(front_config(tmp_path, 0)) as running:
+        await running.until_ready()
+        request = chat_of(("system", "Be brief."), ("user", "Hi"), ("assistant", "Hi!"), ("user", "Bye"))
+        written = (
+            "<\uff5cbegin\u2581of\u2581sentence\uff5c>Be brief.<\uff5cUser\uff5c>Hi<\uff5cAssistant\uff5c>Hi!"
+            "<\uff5cend\u2581of\u2581sentence\uff5c><\uff5cUser\uff5c>Bye<\uff5cAssistant\uff5c>"
+        )
+        as_text = pb.GenerateRequest(text=written)
+        expected, found = await answer(running, as_text), await answer(running, request)
+        assert found[0].started.prompt_tokens == expected[0].started.prompt_tokens
+        # The fake engine's tokens depend on the first id of the prompt.
+        assert [one.chunk for one in found[1:-1]] == [one.chunk for one in expected[1:-1]]
+
+
+async def test_a_conversation_is_refused_where_there_is_no_tokenizer(tmp_path: Path) -> None:
+    async with running_front(front_config(tmp_path, 0, with_tokenizer=False)) as running:
+        await running.until_ready()
+        error = await refusal(running, chat_of(("user", "Hi")))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert detail_of(error, error_details_pb2.BadRequest).field_violations[0].field == "chat"
+
+
 @pytest.mark.parametrize(
     ("request_", "field"),
     [
@@ -88,7 +116,9 @@ async def test_max_tokens_is_bounded_by_what_fits_and_a_stop_token_ends_the_answ
         (request_of([5], logprobs=1000), "sampling.logprobs"),
         (request_of([5], stop_token_ids=[VOCAB_SIZE]), "sampling.stop_token_ids[0]"),
         (pb.GenerateRequest(text="x", priority=1), "priority"),
-        (pb.GenerateRequest(chat=pb.Chat()), "chat"),
+        (pb.GenerateRequest(chat=pb.Chat()), "chat.messages"),
+        (chat_of(("user", "a"), ("tool", "b")), "chat.messages[1].role"),
+        (chat_of(("user", "long " * 80)), "chat.messages"),
     ],
 )
 async def test_a_wrong_or_unsupported_field_is_named(
