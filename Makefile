@@ -15,7 +15,7 @@ PYTHON ?=
 TORCH_INDEX_URL ?=
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test test-all test-slow lint format types protos check bench clean
+.PHONY: help setup demo test test-all test-slow test-compose lint format types protos check bench clean
 
 help:  ## Say what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -38,10 +38,13 @@ test: setup  ## Run the tests (no accelerator needed)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-all: setup  ## Run the slow tests too
-	@$(BIN)/python -m pytest -m 'not cuda and not npu' $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m 'not cuda and not npu and not compose' $(PYTEST_ARGS)
 
 test-slow: setup  ## Run only the tests that `make test` leaves out for their length
-	@$(BIN)/python -m pytest -m 'slow and not cuda and not npu' $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m 'slow and not cuda and not npu and not compose' $(PYTEST_ARGS)
+
+test-compose: setup  ## Build the image and run the compose files with a Docker engine
+	@$(BIN)/python -m pytest -m compose $(PYTEST_ARGS)
 
 lint: setup  ## Style, and who imports whom
 	@$(BIN)/ruff check .

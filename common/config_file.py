@@ -22,6 +22,28 @@ from common.section import Ignored, Section, key_of
 
 # Kubernetes and docker links put addresses of services into every container under names like these.
 SERVICE_VARIABLE = re.compile(r"_SERVICE_(HOST|PORT)|_PORT(_\d+_(TCP|UDP).*)?$")
+VARIABLES = {
+    **{
+        f"EXPERTMESH_{to_snake(key_of(ExpertMeshSection, name)).upper()}": (
+            f"ExpertMesh.{key_of(ExpertMeshSection, name)}"
+        )
+        for name in ExpertMeshSection.model_fields
+    },
+    "EXPERTMESH_WORLD_SIZE": "ModelConfig.worldSize",
+    "EXPERTMESH_IP_ADDRESS": "ServerConfig.ipAddress",
+    "EXPERTMESH_MANAGEMENT_IP_ADDRESS": "ServerConfig.managementIpAddress",
+}
+"""The key that each variable sets: all of our own, and MindIE's where containers of one file differ."""
+TEXTS = {
+    *(
+        f"ExpertMesh.{key_of(ExpertMeshSection, name)}"
+        for name, field in ExpertMeshSection.model_fields.items()
+        if "str" in str(field.annotation)
+    ),
+    "ServerConfig.ipAddress",
+    "ServerConfig.managementIpAddress",
+}
+"""Keys whose values are text, even text that looks like a number."""
 
 
 class ConfigFile(Section):
@@ -143,20 +165,16 @@ def variables_of(environment: Mapping[str, str]) -> tuple[dict[str, str], dict[s
     Returns:
         The variable of each key, the value of each key, and a warning for each variable nobody knows.
     """
-    fields = {
-        to_snake(key_of(ExpertMeshSection, name)).upper(): (key_of(ExpertMeshSection, name), field.annotation)
-        for name, field in ExpertMeshSection.model_fields.items()
-    }
     variables: dict[str, str] = {}
     values: dict[str, Any] = {}
     unknown = []
     for variable, text in environment.items():
         if not variable.startswith("EXPERTMESH_") or text == "":
             continue
-        key, annotation = fields.get(variable.removeprefix("EXPERTMESH_"), (None, None))
+        key = VARIABLES.get(variable)
         if key is not None:
-            variables[f"ExpertMesh.{key}"] = variable
-            values[f"ExpertMesh.{key}"] = text if "str" in str(annotation) else _plain(text)
+            variables[key] = variable
+            values[key] = text if key in TEXTS else _plain(text)
         elif not SERVICE_VARIABLE.search(variable):
             unknown.append(f"{variable} is ignored: expertmesh does not know this variable")
     return variables, values, unknown

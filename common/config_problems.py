@@ -130,5 +130,8 @@ def _sentence(error: Any, variables: Mapping[str, str]) -> str:
             f"{path} is no key of its section, whose keys are {', '.join(known)}: correct it or leave it out"
         )
     rule = RULES[error["type"]](error.get("ctx", {})) if error["type"] in RULES else f"fails: {error['msg']}"
-    source = f" (from {variables[path]})" if path in variables else ""
+    sources = [
+        variable for key, variable in variables.items() if f".{path}".replace("[0]", "").endswith(f".{key}")
+    ]
+    source = f" (from {sources[0]})" if sources else ""
     return f"{path} is {json_line(error['input'])}{source}, but it {rule}"

@@ -12,6 +12,7 @@ from grpc_reflection.v1alpha import reflection
 
 from common.errors import ConfigError
 from common.interceptors import ErrorInterceptor
+from common.own_address import own_address
 
 MAX_MESSAGE_BYTES = 16 << 20
 """A prompt of a million tokens fits."""
@@ -80,6 +81,7 @@ async def start_server(
     """Listen on one address and serve.
 
     Args:
+        host: an address of this host, or `interface:NAME`; see RunningServer.host.
         port: 0 takes a free one; see RunningServer.port.
         service_names: full names for reflection and health; health also answers for "".
         interceptors: outermost first; errors are mapped outside of all of them.
@@ -97,6 +99,7 @@ async def start_server(
         reflection.SERVICE_NAME,
     )
     reflection.enable_server_reflection(listed, server)
+    host = own_address(host)
     address = f"{bracketed(host)}:{port}"
     _check_free(host, port)
     try:

@@ -37,7 +37,6 @@ class Section(BaseModel):
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 """0 takes a free port."""
-Address = Annotated[str, Field(min_length=1)]
 IgnoredPort = Annotated[int | None, Field(ge=1024, le=65535), Ignored()]
 IgnoredBool = Annotated[bool, Ignored()]
 IgnoredCount = Annotated[int | None, Field(ge=0), Ignored()]
@@ -55,6 +54,14 @@ def matching(pattern: str, rule: str) -> AfterValidator:
         return text
 
     return AfterValidator(check)
+
+
+Address = Annotated[
+    str,
+    Field(min_length=1),
+    matching(r"(?!interface:).*|interface:[^\s/:]{1,15}", "must be an address or interface:NAME"),
+]
+"""Of this host; `interface:NAME` stands for the one on an interface (common.own_address)."""
 
 
 def key_of(section: type[BaseModel], name: str) -> str:

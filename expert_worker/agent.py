@@ -14,6 +14,7 @@ from common.config_rules import WILDCARDS
 from common.errors import CheckpointError, ConfigError
 from common.grpc_server import RunningServer, bracketed, start_server
 from common.interceptors import FleetTokenInterceptor
+from common.own_address import own_address
 from expert_worker.control_service import ControlService
 from expert_worker.executor_link import EXECUTOR_MODULE, ExecutorLink
 from expert_worker.messages import Configure
@@ -37,8 +38,9 @@ class Agent:
             )
         self.config = config
         self.worker_id = config.worker_id or _make_worker_id(config)
+        self._data_address = own_address(config.data_address)
         self.executor = ExecutorLink(
-            Configure(config.device, config.threads, config.data_address, exchange=config.exchange),
+            Configure(config.device, config.threads, self._data_address, exchange=config.exchange),
             executor_module,
         )
         self._token = fleet_token(config)
@@ -118,15 +120,16 @@ class Agent:
 
     def _advertised(self) -> str:
         """HOST:PORT at which the router finds this agent."""
-        port = self._server.port if self._server is not None else self.config.agent_port
-        host = self.config.agent_host
+        host, port = self.config.agent_host, self.config.agent_port
+        if self._server is not None:
+            host, port = self._server.host, self._server.port
         if named := self.config.advertise_address:
             host, colon, named_port = named.rpartition(":")
             if colon and named_port.isdigit():
                 return named
             host = named
         elif host in WILDCARDS:
-            host = self.config.data_address
+            host = self._data_address
         return f"{bracketed(host)}:{port}"
 
 

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from common.config import TOKEN_VARIABLE, Config, load_config
+from common.config_file import VARIABLES
 from common.errors import ConfigError, ControlError
 from expertmesh.processes import OnLine, Processes, Service, new_token
 
@@ -24,7 +25,6 @@ LONGEST_RESTART_DELAY_S = 30.0
 STEADY_S = 60.0
 
 ADDRESS = re.compile(r"(\w+)=(\S+)")
-BEFORE_CAPITAL = re.compile(r"(?=[A-Z])")
 
 
 class ServiceEnded(ControlError):
@@ -64,11 +64,11 @@ class FleetSettings:
 
     Attributes:
         document: the configuration file that all services get.
-        own: keys of section ExpertMesh that win over the file and over the environment.
+        overrides: keys like "ExpertMesh.device" that win over the file and over the environment.
     """
 
     document: dict[str, Any]
-    own: dict[str, Any]
+    overrides: dict[str, Any]
 
     def write(self, path: Path) -> Config:
         """Write the file; return what the services will make of it.
@@ -78,7 +78,7 @@ class FleetSettings:
         """
         path.write_text(json.dumps(self.document, indent=2))
         try:
-            config = load_config(path, {f"ExpertMesh.{key}": value for key, value in self.own.items()})
+            config = load_config(path, self.overrides)
         except ConfigError as error:
             # Nobody knows the file by this name.
             raise ConfigError(str(error).removeprefix(f"{path}: ")) from None
@@ -87,11 +87,12 @@ class FleetSettings:
         return config
 
     def environment(self) -> dict[str, str]:
-        """`own` as the environment variables the services read."""
-        texts = {
-            key: value if isinstance(value, str) else json.dumps(value) for key, value in self.own.items()
+        """`overrides` as the environment variables the services read."""
+        names = {key: variable for variable, key in VARIABLES.items()}
+        return {
+            names[key]: value if isinstance(value, str) else json.dumps(value)
+            for key, value in self.overrides.items()
         }
-        return {f"EXPERTMESH_{BEFORE_CAPITAL.sub('_', key).upper()}": text for key, text in texts.items()}
 
 
 class Fleet:

@@ -89,12 +89,14 @@ TORCH_FREE = (
         "common/mindie_tls",
         "common/model_config",
         "common/not_built",
+        "common/own_address",
         "common/placement",
         "common/section",
         "common/quantization/description",
         "common/errors",
     ),
     *("common/channel", "common/child_process", "common/grpc_server", "common/interceptors", "common/logs"),
+    "common/health",
     *("common/kept_child", "common/progress_counter", "common/row_limits"),
     *("common/json_file", "common/lifeline", "common/link_probe", "common/lldp"),
     *(
@@ -110,7 +112,7 @@ EDGES = (
     *("expertmesh/", "router/front/", "router/__main__.py"),
     *("expert_worker/agent.py", "expert_worker/control_service.py", "expert_worker/registration.py"),
     "expert_worker/__main__.py",
-    *("common/grpc_server.py", "common/interceptors.py"),
+    *("common/grpc_server.py", "common/health.py", "common/interceptors.py"),
 )
 # What each package may be imported by: path prefixes.
 IMPORTED_ONLY_BY = {

@@ -40,14 +40,14 @@ def exchange(
     if trace is not None and not trace.resolve().parent.is_dir():
         raise ConfigError(f"{trace} cannot be written: there is no folder {trace.resolve().parent}")
     options = FleetOptions(model=model, expert_workers=expert_workers, ep_level=ep_level, port=0)
-    own = {"microBatches": micro_batches, "chunkRows": chunk_rows}
+    overrides = {"ExpertMesh.microBatches": micro_batches, "ExpertMesh.chunkRows": chunk_rows}
     kept = trace.resolve() if trace is not None else None
-    raise typer.Exit(run(_trace(options, own, prompt_tokens, max_tokens, kept, as_json=json)))
+    raise typer.Exit(run(_trace(options, overrides, prompt_tokens, max_tokens, kept, as_json=json)))
 
 
 async def _trace(
     options: FleetOptions,
-    own: dict[str, Any],
+    overrides: dict[str, Any],
     prompt_tokens: int,
     max_tokens: int,
     kept: Path | None,
@@ -57,7 +57,7 @@ async def _trace(
     settings = options.settings()
     with tempfile.TemporaryDirectory(prefix="expertmesh-") as folder:
         file = kept or Path(folder) / "trace.json"
-        settings.own.update(own | {"traceFile": str(file)})
+        settings.overrides.update(overrides | {"ExpertMesh.traceFile": str(file)})
         unread: deque[tuple[str, str]] = deque(maxlen=1)
         async with Fleet(settings, lambda name, line: unread.append((name, line))) as fleet:
             addresses = await fleet.start()

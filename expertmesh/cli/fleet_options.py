@@ -46,15 +46,16 @@ class FleetOptions:
         model = place.setdefault("ModelDeployConfig", {}).setdefault("ModelConfig", [{}])[0]
         self._apply_model(model)
         self._apply_ports(settings.setdefault("ServerConfig", {}))
-        own = {
-            "device": self.device,
-            "dtype": self.dtype,
-            "redundantExperts": self.redundant_experts,
-            "expertsInProcess": None if self.expert_workers is None else self.expert_workers == 0,
-            "fleetPort": 0 if self.port == 0 else None,
-            "httpPort": self.http_port,
+        overrides = {
+            "ModelConfig.worldSize": self.expert_workers or None,
+            "ExpertMesh.device": self.device,
+            "ExpertMesh.dtype": self.dtype,
+            "ExpertMesh.redundantExperts": self.redundant_experts,
+            "ExpertMesh.expertsInProcess": None if self.expert_workers is None else self.expert_workers == 0,
+            "ExpertMesh.fleetPort": 0 if self.port == 0 else None,
+            "ExpertMesh.httpPort": self.http_port,
         }
-        return FleetSettings(settings, {key: value for key, value in own.items() if value is not None})
+        return FleetSettings(settings, {key: value for key, value in overrides.items() if value is not None})
 
     def _apply_model(self, model: dict[str, Any]) -> None:
         directory = self.model
@@ -66,8 +67,6 @@ class FleetOptions:
         if self.expert_workers is not None:
             for key in ("worldSize", "moe_ep", "moe_tp"):
                 model.pop(key, None)
-            if self.expert_workers > 0:
-                model["worldSize"] = model["moe_ep"] = self.expert_workers
         if self.ep_level is not None:
             _family(model)["ep_level"] = self.ep_level
 

@@ -18,6 +18,7 @@ from common.interceptors import FleetTokenInterceptor
 from common.kept_child import KeptChild, Kind
 from common.logs import set_level
 from common.model_config import ModelConfig
+from common.own_address import own_address
 from common.placement import Placement
 from protos import admin_pb2_grpc, fleet_pb2_grpc, generation_pb2_grpc
 from protos import generation_pb2 as pb
@@ -331,7 +332,7 @@ class Front:
             max_seq_len=config.max_seq_len,
             tune=asdict(tune_of(config, 0)),
             term=self.term,
-            data_address=config.data_address,
+            data_address=own_address(config.data_address),
             exchange=config.exchange,
             experts_in_process=config.experts_in_process,
             trace_file=None if config.trace_file is None else str(Path(config.trace_file).resolve()),

@@ -117,6 +117,18 @@ def test_the_environment_overrides_the_file_and_overrides_both(
     assert load(tmp_path, document, **{"ExpertMesh.fleetPort": 9}).fleet_port == 9
 
 
+def test_the_environment_sets_what_differs_between_containers_of_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EXPERTMESH_WORLD_SIZE", "3")
+    monkeypatch.setenv("EXPERTMESH_IP_ADDRESS", "10.0.0.1")
+    monkeypatch.setenv("EXPERTMESH_MANAGEMENT_IP_ADDRESS", "10.0.0.2")
+    for document in ({}, {"BackendConfig": {"ModelDeployConfig": {"ModelConfig": [{"worldSize": 8}]}}}):
+        config = load(tmp_path, document)
+        assert (config.world_size, config.moe_ep) == (3, 3)
+        assert (config.host, config.management_host) == ("10.0.0.1", "10.0.0.2")
+
+
 def test_the_fleet_token_is_read_and_never_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="EXPERTMESH_FLEET_TOKEN"):
         fleet_token(load(tmp_path, {}))

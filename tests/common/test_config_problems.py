@@ -305,6 +305,11 @@ def test_a_bad_variable_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "ExpertMesh.fleetPort is 99999 (from EXPERTMESH_FLEET_PORT), but it must be at most 65535"
     ]
     load(tmp_path, LEVEL_2, **{"ExpertMesh.fleetPort": 1})
+    monkeypatch.delenv("EXPERTMESH_FLEET_PORT")
+    monkeypatch.setenv("EXPERTMESH_WORLD_SIZE", "two")
+    (sentence,) = problems(tmp_path, {})
+    path = "ModelDeployConfig.ModelConfig[0].worldSize"
+    assert sentence == f'{path} is "two" (from EXPERTMESH_WORLD_SIZE), but it must be an integer'
 
 
 @pytest.mark.parametrize(

@@ -57,12 +57,17 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(is_inside_backend: b
 def test_flags_win_over_the_environment_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EXPERTMESH_DTYPE", "bfloat16")
     monkeypatch.setenv("EXPERTMESH_THREADS", "3")
+    monkeypatch.setenv("EXPERTMESH_WORLD_SIZE", "5")
     options = FleetOptions(model=tmp_path, dtype="float32", expert_workers=2)
     config = effective(options, tmp_path)
-    assert (config.dtype, config.threads) == ("float32", 3)
+    assert (config.dtype, config.threads, config.world_size) == ("float32", 3, 2)
     # The services read the flags from their environment, which replaces the one they inherit.
     environment = options.settings().environment()
-    assert environment == {"EXPERTMESH_DTYPE": "float32", "EXPERTMESH_EXPERTS_IN_PROCESS": "false"}
+    assert environment == {
+        "EXPERTMESH_DTYPE": "float32",
+        "EXPERTMESH_EXPERTS_IN_PROCESS": "false",
+        "EXPERTMESH_WORLD_SIZE": "2",
+    }
 
 
 @pytest.mark.parametrize("models", [{"deepseekv3": {"ep_level": 1}}, '{"deepseekv3": {"ep_level": 1}}'])
