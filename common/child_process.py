@@ -27,6 +27,9 @@ class ChildProcess:
     def __init__(self, process: asyncio.subprocess.Process, channel: ParentChannel) -> None:
         self.channel = channel
         self._process = process
+        # asyncio's own kill polls first and may reap the child before its watcher does, which then reports
+        # the status 255. A descriptor of the process (Linux) cannot mean another one either.
+        self._descriptor = os.pidfd_open(process.pid) if hasattr(os, "pidfd_open") else None
 
     @classmethod
     async def start(
@@ -81,14 +84,21 @@ class ChildProcess:
 
     def kill(self) -> None:
         """End the child at once, stopped or not."""
-        if self.is_running:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(signal.SIGKILL)
+        if not self.is_running:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            if self._descriptor is not None:
+                signal.pidfd_send_signal(self._descriptor, signal.SIGKILL)
+            else:
+                os.kill(self.pid, signal.SIGKILL)
 
     async def wait(self) -> int:
         """Wait for the child's end; return its exit status, negative for the signal that ended it."""
         status = await self._process.wait()
         self.channel.close()
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
         return status
 
     async def stop(self, grace_s: float) -> None:

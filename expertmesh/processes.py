@@ -7,6 +7,7 @@ process ends, SIGKILL included, the kernel closes it, and a child that sees the 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 import signal
@@ -73,12 +74,16 @@ class Service:
     def terminate(self) -> None:
         """Ask the child to end."""
         if self.is_running:
-            self._process.terminate()
+            # Not the process object's own terminate: it polls first, and may take the exit status away from
+            # whoever waits for it.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGTERM)
 
     def kill(self) -> None:
         """End the child and what it started in its process group, at once."""
         if self.is_running:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     async def stop(self, grace_s: float) -> None:
         """Ask the child to end, and end it after `grace_s`."""
