@@ -148,6 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 8, 40])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64, 512])
+    parser.add_argument("--levels", type=int, nargs="+", default=[ALL_GATHER, ALL_TO_ALL])
     parser.add_argument("--repetitions", type=int, default=200)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -158,7 +159,7 @@ def main() -> None:
     for ep_size in options.workers:
         with exchanges(ep_size) as pair:
             run = Run(pair, bare, options.repetitions)
-            for level in (ALL_GATHER, ALL_TO_ALL):
+            for level in options.levels:
                 for num_tokens in options.tokens:
                     figures = run.measure(level, num_tokens, ep_size)
                     cells = [
