@@ -111,25 +111,6 @@ def test_groups_and_links_give_the_same_bits_for_a_ragged_placement(level: int) 
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
-def test_two_routers_run_at_their_own_pace_while_one_of_them_is_idle() -> None:
-    with threads(3, contiguous(E, 2, [LAYER])) as small:
-        found: dict[int, int] = {}
-
-        def run(number: int, steps: int, pause_s: float) -> None:
-            for step_id in range(steps):
-                given = inputs(3 + number, torch.float32)
-                summed = run_step(small.routers[number], step_id, 1 + step_id % 2, given, fleet.TERM + number)
-                found[number] = found.get(number, 0) + int(torch.equal(summed, naive(*given)))
-                time.sleep(pause_s)
-
-        slow = threading.Thread(target=run, args=(1, 4, 0.1))
-        slow.start()
-        run(0, 30, 0.0)  # router 2 has never begun a step
-        slow.join(10)
-        run(2, 1, 0.0)
-        assert found == {0: 30, 1: 4, 2: 1}
-
-
 @pytest.mark.parametrize("level", [1, 2])
 def test_micro_batches_may_be_combined_out_of_order(level: int) -> None:
     parts = [inputs(num_tokens, torch.float32) for num_tokens in (5, 0, 12, 2)]

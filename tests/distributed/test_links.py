@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -36,6 +37,29 @@ def test_links_give_the_bits_of_a_naive_loop_at_both_levels(
                 given = inputs(num_tokens + number, dtype)
                 found = run_step(router, step_id, level, given, fleet.TERM + number)
                 assert torch.equal(found, naive(*given))
+    finally:
+        small.close()
+
+
+@pytest.mark.parametrize("kind", ["links", "collective"])
+def test_two_routers_run_at_their_own_pace_while_one_of_them_is_idle(kind: str) -> None:
+    small = fleet.ThreadFleet(3, contiguous(E, 2, [LAYER]), RowShape(D, K, torch.float32), kind=kind)
+    found: dict[int, int] = {}
+
+    def run(number: int, steps: int, pause_s: float) -> None:
+        for step_id in range(steps):
+            given = inputs(3 + number, torch.float32)
+            summed = run_step(small.routers[number], step_id, 1 + step_id % 2, given, fleet.TERM + number)
+            found[number] = found.get(number, 0) + int(torch.equal(summed, naive(*given)))
+            time.sleep(pause_s)
+
+    try:
+        slow = threading.Thread(target=run, args=(1, 4, 0.1))
+        slow.start()
+        run(0, 30, 0.0)  # router 2 has never begun a step
+        slow.join(10)
+        run(2, 1, 0.0)
+        assert found == {0: 30, 1: 4, 2: 1}
     finally:
         small.close()
 
