@@ -100,8 +100,8 @@ of an idle one rises. {num_steps} steps of 4,096 tokens took {minutes:.0f} minut
 python -m examples.train_demo_model --steps {num_steps}
 ```
 
-does it again: the same text in the same order from the same seed, and a model like this one. Not the same
-bits on another machine, since sums are rounded in another order there.
+trains such a model from nothing: the same text in the same order from the same seed. Not the same bits on
+another machine, since sums are rounded in another order there.
 
 ```
 rm -r examples/demo_model_w8a8
