@@ -33,6 +33,12 @@ async def answer(running: Running, request: pb.GenerateRequest) -> list[pb.Gener
     return [response async for response in running.stub.Generate(request, timeout=10)]
 
 
+def text_and_tokens(responses: list[pb.GenerateResponse]) -> tuple[str, list[int]]:
+    """What the chunks hold together: how many tokens one of them has depends on how fast they are read."""
+    chunks = [response.chunk for response in responses[1:-1]]
+    return "".join(chunk.text for chunk in chunks), [token for chunk in chunks for token in chunk.token_ids]
+
+
 async def refusal(running: Running, request: pb.GenerateRequest) -> grpc.aio.AioRpcError:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await answer(running, request)
@@ -44,11 +50,10 @@ async def test_a_stream_is_started_then_chunks_then_finished(tmp_path: Path) -> 
         await running.until_ready()
         events = await answer(running, request_of([20, 5], max_tokens=7, ignore_eos=True, logprobs=1))
         assert events[0].started.prompt_tokens == 2
-        chunks = [event.chunk for event in events[1:-1]]
-        tokens = [token for chunk in chunks for token in chunk.token_ids]
+        text, tokens = text_and_tokens(events)
         assert tokens == [token_at([20], index) for index in range(7)]
-        assert "".join(chunk.text for chunk in chunks) == running.front.tokenizer.decode(tokens)
-        assert sum(len(chunk.logprobs) for chunk in chunks) == 7
+        assert text == running.front.tokenizer.decode(tokens)
+        assert sum(len(event.chunk.logprobs) for event in events[1:-1]) == 7
         finished = events[-1].finished
         assert finished.finish_reason == pb.FINISH_REASON_LENGTH
         assert (finished.usage.prompt_tokens, finished.usage.completion_tokens) == (2, 7)
@@ -81,7 +86,7 @@ async def test_a_conversation_is_rendered_and_answered(tmp_path: Path) -> None:
         expected, found = await answer(running, as_text), await answer(running, request)
         assert found[0].started.prompt_tokens == expected[0].started.prompt_tokens
         # The fake engine's tokens depend on the first id of the prompt.
-        assert [one.chunk for one in found[1:-1]] == [one.chunk for one in expected[1:-1]]
+        assert text_and_tokens(found) == text_and_tokens(expected)
 
 
 async def test_a_conversation_is_refused_where_there_is_no_tokenizer(tmp_path: Path) -> None:
