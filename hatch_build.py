@@ -1,4 +1,4 @@
-"""Compiles the native int8 kernel while a wheel is built, editable or not; a wheel is complete without it."""
+"""Compiles the native kernels while a wheel is built, editable or not; a wheel is complete without it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class CustomBuildHook(BuildHookInterface[Any]):
         reason = compiler.compile_library([named] if named else compiler.COMPILERS)
         if reason is not None:
             self.app.display_warning(
-                f"expertmesh: the native int8 kernel is left out, since {reason}; int8 models run more "
+                f"expertmesh: the native kernels are left out, since {reason}; models run more "
                 "slowly without it: install g++ or clang++, or name a compiler in CXX, and install again"
             )
             return

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import native_int8
+from common import native_int8, native_library
 from common.native_int8 import NativeInt8
 
 SHAPES = ((2816, 2048), (2048, 1408))
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=200)
-    paths = native_int8.available_paths()
+    paths = native_library.available_paths()
     parser.add_argument("--path", choices=paths, default=paths[-1])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

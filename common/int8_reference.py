@@ -67,6 +67,18 @@ def int8_linear(rows: Tensor, row_scales: Tensor | None, packed: PackedInt8) -> 
     return output if row_scales is None else output * row_scales.unsqueeze(-1)
 
 
+def quantizing_linear(x: Tensor, packed: PackedInt8, bias: Tensor | None) -> Tensor:  # [M, K] -> [M, N]
+    """Quantise rows, multiply them, add the bias [N] in float32, and round to the dtype of x."""
+    output = int8_linear(*quantize_rows(x), packed)
+    return (output if bias is None else output + bias).to(x.dtype)
+
+
+def int8_mlp(x: Tensor, gate_up: PackedInt8, down: PackedInt8) -> Tensor:  # [M, D] -> [M, D]
+    """Run rows through gate_up [2F, D], SwiGLU in float32, and down [D, F]; round to the dtype of x."""
+    gate, up = int8_linear(*quantize_rows(x), gate_up).chunk(2, dim=-1)
+    return int8_linear(*quantize_rows(F.silu(gate) * up), down).to(x.dtype)
+
+
 def int8_product(rows: Tensor, weight: Tensor) -> Tensor:  # [M, K] int8, [N, K] int8 -> [M, N] int32
     """Sum exactly: every partial sum of a product of this many columns is a whole number float32 holds."""
     sums = torch.zeros(rows.shape[0], weight.shape[0], dtype=torch.int32, device=rows.device)

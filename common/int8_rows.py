@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from common import int8_reference, native_int8
+from common import int8_reference, native_int8, native_library
 from common.int8_reference import (
     EXACT_COLUMNS,
     MAX_INT8,
@@ -23,15 +23,18 @@ from common.int8_reference import (
     quantize_rows_static,
 )
 from common.native_int8 import NativeInt8, PackedWeight
+from common.rows import swiglu
 
 __all__ = [
     "PackedInt8",
     "has_fused_experts",
     "int8_experts",
     "int8_linear",
+    "int8_mlp",
     "pack_int8",
     "quantize_rows",
     "quantize_rows_static",
+    "quantizing_linear",
 ]
 
 logger = logging.getLogger(__name__)
@@ -93,6 +96,28 @@ def int8_linear(rows: Tensor, row_scales: Tensor | None, packed: PackedInt8) -> 
     return output if row_scales is None else output * row_scales.unsqueeze(-1)
 
 
+def quantizing_linear(x: Tensor, packed: PackedInt8, bias: Tensor | None) -> Tensor:  # [M, K] -> [M, N]
+    """Quantise rows, multiply them, add the bias [N] in float32, and round to the dtype of x."""
+    backend = _backend()
+    if isinstance(backend, NativeInt8) and isinstance(packed, PackedWeight) and bias is None:
+        return backend.quantizing_linear(x, packed)
+    output = int8_linear(*quantize_rows(x), packed)
+    return (output if bias is None else output + bias).to(x.dtype)
+
+
+def int8_mlp(x: Tensor, gate_up: PackedInt8, down: PackedInt8) -> Tensor:  # [M, D] -> [M, D]
+    """Run rows through gate_up [2F, D], SwiGLU in float32, and down [D, F]; round to the dtype of x."""
+    backend = _backend()
+    if (
+        isinstance(backend, NativeInt8)
+        and isinstance(gate_up, PackedWeight)
+        and isinstance(down, PackedWeight)
+    ):
+        return backend.mlp(x, gate_up, down)
+    gate, up = int8_linear(*quantize_rows(x), gate_up).chunk(2, dim=-1)
+    return int8_linear(*quantize_rows(swiglu(gate, up)), down).to(x.dtype)
+
+
 def has_fused_experts() -> bool:
     """Whether one call runs all experts of a layer here."""
     return isinstance(_backend(), NativeInt8)
@@ -115,9 +140,10 @@ def int8_experts(
 
 @cache
 def _backend() -> NativeInt8 | _Stock:
-    if native_int8.is_available() and native_int8.available_paths()[-1] != SLOW_PATH:
+    why = native_library.why_unavailable()
+    if why is None and native_library.available_paths()[-1] != SLOW_PATH:
         return native_int8.load()
-    why = native_int8.why_unavailable() or "the native int8 kernel has no fast path for this processor"
+    why = why or "the native int8 kernel has no fast path for this processor"
     logger.info("%s; torch's own operators are used", why)
     if _is_onednn_exact():
         return _Stock(_pack_onednn, _onednn_product)

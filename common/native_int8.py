@@ -10,20 +10,16 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from common.errors import ConfigError
 from common.huge_pages import HugePageArena
 from common.int8_reference import PackedInt8
 from common.native.compiler import LIBRARY
+from common.native_library import PATHS, best_path, open_library
 
-VERSION = 1
-PATHS = ("portable", "avx2", "avx512_vnni")
-"""The ways through the kernel, in the order of their numbers there."""
 MAX_IN_FEATURES = 131072
 """As many products of two int8 fit into an int32 sum."""
 
@@ -108,6 +104,41 @@ class NativeInt8:
             raise MemoryError(f"no memory to multiply {rows.shape[0]} rows: send fewer at once")
         return output
 
+    def quantizing_linear(self, x: Tensor, packed: PackedWeight) -> Tensor:  # [M, K] -> [M, N]
+        """Quantise rows of float32 or bfloat16, multiply them, and round to their dtype, in one call.
+
+        Raises:
+            ValueError: rows and weight do not belong together.
+        """
+        x = _checked_floats(x, packed)
+        output = x.new_empty(x.shape[0], packed.view.n)
+        failure = self._library.int8_quantising_linear(
+            *(self._path, torch.get_num_threads(), x.dtype == torch.bfloat16, x.data_ptr(), x.shape[0]),
+            *(ctypes.byref(packed.view), output.data_ptr()),
+        )
+        if failure:
+            raise MemoryError(f"no memory to multiply {x.shape[0]} rows: send fewer at once")
+        return output
+
+    def mlp(self, x: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Tensor:  # [M, D] -> [M, D]
+        """Run rows of float32 or bfloat16 through one SwiGLU: gate_up [2F, D] and down [D, F].
+
+        The bits are those of `int8_experts` with quantised rows, rounded to the dtype of x.
+
+        Raises:
+            ValueError: rows and weights do not belong together.
+        """
+        _check_expert(gate_up, down, gate_up)
+        x = _checked_floats(x, gate_up)
+        output = torch.empty_like(x)
+        failure = self._library.int8_mlp(
+            *(self._path, torch.get_num_threads(), x.dtype == torch.bfloat16, x.data_ptr(), x.shape[0]),
+            *((_Weight * 2)(gate_up.view, down.view), output.data_ptr()),
+        )
+        if failure:
+            raise MemoryError(f"no memory to run {x.shape[0]} rows: send fewer at once")
+        return output
+
     def int8_experts(
         self,
         rows: Tensor,
@@ -173,6 +204,15 @@ def _checked_rows(rows: Tensor, row_scales: Tensor, packed: PackedWeight) -> tup
     return rows.contiguous(), row_scales.contiguous()
 
 
+def _checked_floats(x: Tensor, packed: PackedWeight) -> Tensor:
+    if x.dtype not in (torch.float32, torch.bfloat16) or x.dim() != 2 or x.shape[1] != packed.view.k:
+        raise ValueError(
+            f"rows {list(x.shape)} of {x.dtype} do not fit a weight [{packed.view.n}, {packed.view.k}]: give "
+            f"float32 or bfloat16 [M, {packed.view.k}]"
+        )
+    return x.contiguous()
+
+
 def _check_expert(gate_up: PackedWeight, down: PackedWeight, first: PackedWeight) -> None:
     size, hidden_size = first.view.n // 2, first.view.k
     shapes = (gate_up.view.n, gate_up.view.k, down.view.n, down.view.k)
@@ -184,93 +224,22 @@ def _check_expert(gate_up: PackedWeight, down: PackedWeight, first: PackedWeight
 
 
 def load(library: Path = LIBRARY, path: str | None = None) -> NativeInt8:
-    """Load a built library.
+    """Load the kernel from a built library.
 
     Args:
         library: the file.
-        path: one of `available_paths`; None takes the best.
+        path: one of `native_library.available_paths`; None takes the best.
 
     Raises:
         ConfigError: the file is missing, cannot be loaded, or is of another version.
     """
-    opened = _open(library)
-    return NativeInt8(opened, path or PATHS[opened.int8_best_path()])
-
-
-def available_paths(library: Path = LIBRARY) -> tuple[str, ...]:
-    """Return the paths that this processor can take, the best one last."""
-    return PATHS[: _open(library).int8_best_path() + 1]
-
-
-def _open(library: Path) -> ctypes.CDLL:
-    again = "install expertmesh again where g++ or clang++ is on PATH"
-    if not library.exists():
-        raise ConfigError(f"the native int8 kernel was not built ({library.name} is missing): {again}")
-    try:
-        # torch has loaded its OpenMP runtime by now, and the library finds that one: threads are shared.
-        opened = ctypes.CDLL(str(library.resolve()))
-        version = opened.int8_version()
-    except (OSError, AttributeError) as error:
-        raise ConfigError(f"the native int8 kernel cannot be loaded ({error}): {again}") from error
-    if version != VERSION:
-        raise ConfigError(f"the native int8 kernel has version {version} and not {VERSION}: {again}")
+    opened = open_library(library)
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     opened.int8_packed_bytes.argtypes, opened.int8_packed_bytes.restype = [size, size], size
     opened.int8_pack.argtypes = [pointer, pointer, pointer, size, size, pointer]
     opened.int8_quantise.argtypes = [number, number, pointer, size, size, pointer, pointer]
     opened.int8_linear.argtypes = [number, number, pointer, pointer, size, pointer, pointer]
+    opened.int8_quantising_linear.argtypes = [number, number, number, pointer, size, pointer, pointer]
+    opened.int8_mlp.argtypes = [number, number, number, pointer, size, pointer, pointer]
     opened.int8_experts.argtypes = [number, number, pointer, pointer, size, pointer, pointer, pointer]
-    return opened
-
-
-@cache
-def _default() -> NativeInt8 | str:
-    """Return the library beside this module, or why there is none; looked for once, at the first call."""
-    try:
-        return load()
-    except ConfigError as error:
-        return str(error)
-
-
-def why_unavailable() -> str | None:
-    """Return why the kernel cannot be used here, or None."""
-    found = _default()
-    return found if isinstance(found, str) else None
-
-
-def is_available() -> bool:
-    """Whether the kernel can be used here."""
-    return why_unavailable() is None
-
-
-def _kernel() -> NativeInt8:
-    found = _default()
-    if isinstance(found, str):
-        raise ConfigError(found)
-    return found
-
-
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:  # [M, K] -> [M, K] int8, [M] float32
-    """Quantise every row for itself, as `NativeInt8.quantize_rows` does."""
-    return _kernel().quantize_rows(x)
-
-
-def pack_int8(weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> PackedWeight:
-    """Lay a weight out for the kernel, as `NativeInt8.pack_int8` does."""
-    return _kernel().pack_int8(weight, weight_scale, bias)
-
-
-def int8_linear(rows: Tensor, row_scales: Tensor, packed: PackedWeight) -> Tensor:  # [M, K] -> [M, N]
-    """Multiply int8 rows, as `NativeInt8.int8_linear` does."""
-    return _kernel().int8_linear(rows, row_scales, packed)
-
-
-def int8_experts(
-    rows: Tensor,
-    row_scales: Tensor,
-    tokens_per_expert: Tensor,
-    gate_up: Sequence[PackedWeight],
-    down: Sequence[PackedWeight],
-) -> Tensor:  # [R, D] -> [R, D]
-    """Run rows through the experts of a layer, as `NativeInt8.int8_experts` does."""
-    return _kernel().int8_experts(rows, row_scales, tokens_per_expert, gate_up, down)
+    return NativeInt8(opened, path or best_path(opened))

@@ -60,6 +60,6 @@ install_torch
 say "installing expertmesh and its development tools"
 install --editable '.[dev]' || die "pip could not install the dependencies of pyproject.toml; its last lines above say why"
 # pip shows nothing of a build that succeeds, and this one succeeds without the kernel.
-[[ -e common/native/int8.so ]] || say "the native int8 kernel was not built, and int8 models run more slowly without it:" \
+[[ -e common/native/kernels.so ]] || say "the native kernels were not built, and models run more slowly without it:" \
   "install g++ or clang++, or name a compiler in CXX, then: make clean setup"
 say "done"

@@ -1,4 +1,4 @@
-"""Turns int8.cpp into a library beside it. Needs Python alone: the build hook loads it by its path."""
+"""Turns the C++ of this folder into a library. Needs Python alone: the build hook loads it by its path."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("int8.cpp")
-LIBRARY = Path(__file__).with_name("int8.so")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("floats.cpp", "int8.cpp"))
+LIBRARY = Path(__file__).with_name("kernels.so")
 COMPILERS = ("g++", "clang++")
 # No fused multiply-add and no other freedom with floats: every path must give the same bits. The paths name
 # the processor they need themselves, so one object runs on all of them.
 FLAGS = (
     *("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
     *("-fvisibility=hidden", "-fopenmp", "-fPIC", "-shared"),
+    "-Wno-psabi",  # functions take wide vectors only where they are inlined
 )
 TIMEOUT_S = 300
 
@@ -51,7 +52,7 @@ def _compile(command: list[str], target: Path) -> str | None:
         made = Path(folder) / target.name
         try:
             result = subprocess.run(
-                [*command, *FLAGS, "-o", str(made), str(SOURCE)],
+                [*command, *FLAGS, "-o", str(made), *map(str, SOURCES)],
                 capture_output=True,
                 text=True,
                 timeout=TIMEOUT_S,

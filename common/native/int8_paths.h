@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
+
+#include "elementwise.h"
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
@@ -35,7 +37,6 @@ struct Weight {
   int64_t k, n;
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t groups_of(int64_t k) { return ceil_div(k, 16) * 4; }
 inline int64_t block_bytes(int64_t groups) { return groups * 64 + 128; }
 
@@ -55,49 +56,26 @@ struct Path {
   int32_t (*sum)(const int8_t* row, int64_t count);
   float (*quantise)(const float* x, int64_t count, int8_t* codes);
   void (*swiglu)(float* gate, const float* up, int64_t count);
+  void (*widen)(const Bfloat16* x, int64_t count, float* to);
+  void (*narrow)(const float* x, int64_t count, Bfloat16* to);
 };
 
 // ---------------------------------------------------------------------- elementwise, the same for all paths
 
-template <class To, class From>
-inline __attribute__((always_inline)) To bits_as(From from) {
-  To to;
-  std::memcpy(&to, &from, sizeof to);
-  return to;
+INLINE void swiglu_row(float* gate, const float* up, int64_t count) {
+  for (int64_t i = 0; i < count; i++) gate[i] = silu_times(gate[i], up[i]);
 }
 
-// Adding it rounds a small float to an integer, ties to even, and leaves that integer in the lowest bits.
-constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23
-constexpr uint32_t kRounderBits = 0x4B400000;
-
-// e^x = 2^k * e^r. k ln 2 is taken off in two parts, the first of them exact; e^r is Taylor's series to r^7.
-inline __attribute__((always_inline)) float exponential(float x) {
-  x = x < -104.0f ? -104.0f : x;
-  x = x > 89.5f ? 89.5f : x;  // both ends lie where the result is 0 or infinite
-  const float shifted = x * 1.44269504f + kRounder;
-  const float k = shifted - kRounder;
-  const float r = x - k * 0.693359375f - k * -2.12194440e-4f;
-  float sum = 1.0f / 5040;
-  sum = sum * r + 1.0f / 720;
-  sum = sum * r + 1.0f / 120;
-  sum = sum * r + 1.0f / 24;
-  sum = sum * r + 1.0f / 6;
-  sum = sum * r + 0.5f;
-  sum = sum * r + 1.0f;
-  sum = sum * r + 1.0f;
-  // Two factors, since 2^k alone may be no float.
-  const int32_t power = static_cast<int32_t>(bits_as<uint32_t>(shifted) - kRounderBits);
-  const int32_t half = power >> 1;
-  const uint32_t rest = static_cast<uint32_t>(power) - static_cast<uint32_t>(half);
-  return sum * bits_as<float>((static_cast<uint32_t>(half) + 127) << 23) * bits_as<float>((rest + 127) << 23);
+INLINE void widen_row(const Bfloat16* x, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i++) to[i] = ::widen(x[i]);
 }
 
-inline __attribute__((always_inline)) void swiglu_row(float* gate, const float* up, int64_t count) {
-  for (int64_t i = 0; i < count; i++) gate[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
+INLINE void narrow_row(const float* x, int64_t count, Bfloat16* to) {
+  for (int64_t i = 0; i < count; i++) ::narrow(x[i], to + i);
 }
 
 // Returns the scale, absmax / 127. A row that is not finite gets codes 0 and a scale that is not finite.
-inline __attribute__((always_inline)) float quantise_row(const float* x, int64_t count, int8_t* codes) {
+INLINE float quantise_row(const float* x, int64_t count, int8_t* codes) {
   int32_t most = 0;  // absolute values compare like their bits, and NaN is the largest
   for (int64_t i = 0; i < count; i++) most = std::max(most, bits_as<int32_t>(x[i]) & 0x7FFFFFFF);
   const float scale = bits_as<float>(most) / 127.0f;
@@ -113,7 +91,7 @@ inline __attribute__((always_inline)) float quantise_row(const float* x, int64_t
   return scale;
 }
 
-inline __attribute__((always_inline)) int32_t sum_row(const int8_t* row, int64_t count) {
+INLINE int32_t sum_row(const int8_t* row, int64_t count) {
   int32_t sum = 0;
   for (int64_t i = 0; i < count; i++) sum += row[i];
   return sum;
@@ -146,6 +124,8 @@ void multiply(const Tile& tile, const Block& block, float* out, int64_t stride, 
 int32_t sum(const int8_t* row, int64_t count) { return sum_row(row, count); }
 float quantise(const float* x, int64_t count, int8_t* codes) { return quantise_row(x, count, codes); }
 void swiglu(float* gate, const float* up, int64_t count) { swiglu_row(gate, up, count); }
+void widen(const Bfloat16* x, int64_t count, float* to) { widen_row(x, count, to); }
+void narrow(const float* x, int64_t count, Bfloat16* to) { narrow_row(x, count, to); }
 
 }  // namespace portable
 
@@ -216,6 +196,8 @@ TARGET void multiply(const Tile& tile, const Block& block, float* out, int64_t s
 TARGET int32_t sum(const int8_t* row, int64_t count) { return sum_row(row, count); }
 TARGET float quantise(const float* x, int64_t count, int8_t* codes) { return quantise_row(x, count, codes); }
 TARGET void swiglu(float* gate, const float* up, int64_t count) { swiglu_row(gate, up, count); }
+TARGET void widen(const Bfloat16* x, int64_t count, float* to) { widen_row(x, count, to); }
+TARGET void narrow(const float* x, int64_t count, Bfloat16* to) { narrow_row(x, count, to); }
 
 #undef TARGET
 
@@ -261,6 +243,8 @@ TARGET void multiply(const Tile& tile, const Block& block, float* out, int64_t s
 TARGET int32_t sum(const int8_t* row, int64_t count) { return sum_row(row, count); }
 TARGET float quantise(const float* x, int64_t count, int8_t* codes) { return quantise_row(x, count, codes); }
 TARGET void swiglu(float* gate, const float* up, int64_t count) { swiglu_row(gate, up, count); }
+TARGET void widen(const Bfloat16* x, int64_t count, float* to) { widen_row(x, count, to); }
+TARGET void narrow(const float* x, int64_t count, Bfloat16* to) { narrow_row(x, count, to); }
 
 #undef TARGET
 
@@ -268,7 +252,7 @@ TARGET void swiglu(float* gate, const float* up, int64_t count) { swiglu_row(gat
 #endif
 
 #define PATH(space) \
-  Path { {space::multiply<kIndex + 1>...}, space::sum, space::quantise, space::swiglu }
+  Path { {space::multiply<kIndex + 1>...}, space::sum, space::quantise, space::swiglu, space::widen, space::narrow }
 
 template <int... kIndex>
 inline const Path& path_of(int path, std::integer_sequence<int, kIndex...>) {

@@ -1,7 +1,7 @@
 """The operations the router needs from its device. A device is a module that has them all.
 
 Shapes: T tokens, S keys of a sequence, N tokens on the decode path, H heads, C kv_lora_rank,
-R qk_rope_head_dim.
+R qk_rope_head_dim, E experts, D hidden_size, F intermediate_size.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ class RouterKernels(Protocol):
     def per_head_linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """Multiply rows by their head's weight, maybe a view: [T, H, in], [H, out, in] -> [T, H, out]."""
 
+    def gate_logits(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Multiply rows by the gate's weight, in float32: [T, D], [E, D] float32 -> [T, E] float32."""
+
     def pack_int8(self, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> PackedInt8:
         """Lay out an int8 weight: [out, in] int8, [out] float32, [out] int32; it may be kept."""
 
@@ -38,6 +41,18 @@ class RouterKernels(Protocol):
         """Multiply int8 rows: [T, in] int8, [T] float32 -> [T, out] float32.
 
         The sums, with the bias, are exact int32; float32(sums) * scale * row_scales, in this order.
+        """
+
+    def quantizing_linear(self, x: Tensor, packed: PackedInt8, bias: Tensor | None) -> Tensor:
+        """Quantise every row for itself, multiply, add the bias in float32: [T, in], [out] -> [T, out].
+
+        Rounded once, to the dtype of x.
+        """
+
+    def int8_mlp(self, x: Tensor, gate_up: PackedInt8, down: PackedInt8) -> Tensor:
+        """Run rows through a SwiGLU in int8, [2F, D] and [D, F], quantising twice: [T, D] -> [T, D].
+
+        gate, up and their product stay float32; the result is rounded once, to the dtype of x.
         """
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -10,18 +10,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.int8_reference import int8_linear, pack_int8, quantize_rows, quantize_rows_static
+from common.int8_reference import (
+    int8_linear,
+    int8_mlp,
+    pack_int8,
+    quantize_rows,
+    quantize_rows_static,
+    quantizing_linear,
+)
 
 __all__ = [
     "decode_attention",
+    "gate_logits",
     "gather_latents",
     "int8_linear",
+    "int8_mlp",
     "linear",
     "pack_int8",
     "per_head_linear",
     "prefill_attention",
     "quantize_rows",
     "quantize_rows_static",
+    "quantizing_linear",
     "rms_norm",
     "rotate",
     "store_latents",
@@ -32,6 +42,11 @@ __all__ = [
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [T, in], [out, in], [out] -> [T, out]
     """Multiply every row by the weight."""
     return F.linear(x, weight, bias)
+
+
+def gate_logits(x: Tensor, weight: Tensor) -> Tensor:  # [T, D], [E, D] float32 -> [T, E] float32
+    """Multiply every row by the gate's weight, in float32."""
+    return F.linear(x.float(), weight)
 
 
 def per_head_linear(x: Tensor, weight: Tensor) -> Tensor:  # [T, H, in], [H, out, in] -> [T, H, out]

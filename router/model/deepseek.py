@@ -125,7 +125,7 @@ class Gate(nn.Module):
         self, hidden_states: Tensor
     ) -> tuple[Tensor, Tensor]:  # [T, D] -> [T, K] int64, [T, K] float32
         """Return the chosen experts and the weight of each."""
-        scores = self.score(self.kernels.linear(hidden_states.float(), self.weight, None))  # [T, E]
+        scores = self.score(self.kernels.gate_logits(hidden_states, self.weight))  # [T, E]
         topk_ids = self.select(scores, self.e_score_correction_bias, self.config)
         topk_weights = self.weigh(scores.gather(-1, topk_ids), self.config)
         return topk_ids, topk_weights

@@ -29,9 +29,7 @@ class DynamicInt8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [T, in] -> [T, out]
         """Multiply every row by the weight; the bias [out] is added in float32, then the sum is rounded."""
-        rows, row_scales = self.kernels.quantize_rows(x)
-        output = self.kernels.int8_linear(rows, row_scales, self.packed)
-        return (output if self.bias is None else output + self.bias).to(x.dtype)
+        return self.kernels.quantizing_linear(x, self.packed, self.bias)
 
 
 class StaticInt8Linear(nn.Module):
@@ -50,6 +48,38 @@ class StaticInt8Linear(nn.Module):
         """Multiply every row by the weight."""
         rows = self.kernels.quantize_rows_static(x, self.input_scale, self.input_offset)
         return self.kernels.int8_linear(rows, None, self.packed).to(x.dtype)
+
+
+class DynamicInt8MLP(nn.Module):
+    """SwiGLU of three W8A8_DYNAMIC weights, gate_proj on top of up_proj."""
+
+    def __init__(self, gate_up: PackedInt8, down: PackedInt8, kernels: RouterKernels) -> None:
+        super().__init__()
+        self.gate_up = gate_up
+        self.down = down
+        self.kernels = kernels
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # [T, D] -> [T, D]
+        """Transform every token for itself."""
+        return self.kernels.int8_mlp(hidden_states, self.gate_up, self.down)
+
+
+def read_dynamic_mlp(
+    weights: StoredWeights, path: str, gate_proj: Linear, device: torch.device
+) -> DynamicInt8MLP:
+    """Read what takes the place of the MLP at `path`, whose gate_proj tells its sizes."""
+    size, hidden_size = gate_proj.weight.shape
+    gate, up = (
+        read_dynamic(weights.checkpoint, f"{path}.{name}", (size, hidden_size)).to(device)
+        for name in ("gate_proj", "up_proj")
+    )
+    down = read_dynamic(weights.checkpoint, f"{path}.down_proj", (hidden_size, size)).to(device)
+    kernels = gate_proj.kernels
+    return DynamicInt8MLP(
+        kernels.pack_int8(torch.cat([gate.weight, up.weight]), torch.cat([gate.scale, up.scale])),
+        kernels.pack_int8(down.weight, down.scale),
+        kernels,
+    )
 
 
 def read_dynamic_linear(

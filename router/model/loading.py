@@ -21,8 +21,8 @@ from common.quantization.description import FLOAT, W8A8_DYNAMIC
 from common.quantization.w8a8 import stored_names
 from common.stored_weights import StoredWeights
 from router.kernels import load_kernels
-from router.model.deepseek import BiasedRMSNorm, DeepseekForCausalLM, RMSNorm
-from router.model.int8_linear import READ_LINEAR
+from router.model.deepseek import MLP, BiasedRMSNorm, DeepseekForCausalLM, RMSNorm
+from router.model.int8_linear import READ_LINEAR, read_dynamic_mlp
 from router.model.linear import Linear
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 READ_BY_ATTENTION = ".self_attn.kv_b_proj"
 """Where queries are moved into the latent space, attention multiplies with the weight's halves itself."""
+MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
 MAX_NAMED = 3
 """Keys an error names; the rest it counts."""
 
@@ -83,8 +84,15 @@ def _give_biases_to_norms(model: nn.Module, weights: StoredWeights) -> None:
 
 
 def _parts(model: nn.Module, weights: StoredWeights, device: torch.device) -> Iterator[_Part]:
-    """Find the parts of the model; a linear layer in int8 is one, any other parameter is one."""
+    """Find the parts of the model; an MLP or a linear layer in int8 is one, any other parameter is one."""
+    fused: tuple[str, ...] = ()
     for path, module in model.named_modules():
+        if path.startswith(fused):
+            continue
+        if isinstance(module, MLP) and _is_dynamic(weights, path):
+            fused = (*fused, f"{path}.")
+            yield _int8_mlp_part(model, path, module, weights, device)
+            continue
         if isinstance(module, Linear) and (kind := weights.type_of(path)) != FLOAT:
             yield _int8_part(model, path, module, kind, weights, device)
             continue
@@ -94,6 +102,22 @@ def _parts(model: nn.Module, weights: StoredWeights, device: torch.device) -> It
             replaced = () if stored_path == path else weights.present(f"{path}.{leaf}")
             read = partial(_read_parameter, module, leaf, parameter, names[0], weights, device)
             yield _Part((*names, *replaced), read)
+
+
+def _is_dynamic(weights: StoredWeights, path: str) -> bool:
+    return all(weights.type_of(f"{path}.{name}") == W8A8_DYNAMIC for name in MLP_LINEARS)
+
+
+def _int8_mlp_part(
+    model: nn.Module, path: str, mlp: MLP, weights: StoredWeights, device: torch.device
+) -> _Part:
+    linears = [f"{path}.{name}" for name in MLP_LINEARS]
+    names = [name for one in linears for name in stored_names(weights.checkpoint, one, W8A8_DYNAMIC)]
+
+    def read() -> None:
+        model.set_submodule(path, read_dynamic_mlp(weights, path, mlp.gate_proj, device))
+
+    return _Part(tuple(names), read)
 
 
 def _int8_part(

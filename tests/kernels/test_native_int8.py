@@ -8,15 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from common import native_int8
+from common import native_int8, native_library
 from common.errors import ConfigError
 from common.native.compiler import COMPILERS, compile_library
-from common.native_int8 import PATHS, NativeInt8, PackedWeight
+from common.native_int8 import NativeInt8, PackedWeight
+from common.native_library import PATHS
 from tests.kernels import int8_oracle as oracle
 from tests.kernels.comparing import ROW_COUNTS, THREAD_COUNTS, num_threads, randn, some_rows
 from tests.kernels.int8_oracle import Weight, some_int8_rows, some_weight
 
-needs_library = pytest.mark.skipif(not native_int8.is_available(), reason=str(native_int8.why_unavailable()))
+needs_library = pytest.mark.skipif(
+    native_library.why_unavailable() is not None, reason=str(native_library.why_unavailable())
+)
 
 # (N, K): a block, less, more, odd ends of either kind, several tasks.
 SHAPES = [(16, 16), (1, 1), (3, 5), (17, 33), (15, 64), (40, 18), (33, 100), (530, 130)]
@@ -27,9 +30,9 @@ SEVERAL_ROW_COUNTS = (1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 33, 127, 128, 129, 257, 5
 @pytest.fixture(params=PATHS)
 def kernel(request: pytest.FixtureRequest) -> NativeInt8:
     """The library on one of its paths."""
-    if not native_int8.is_available():
-        pytest.skip(str(native_int8.why_unavailable()))
-    if request.param not in native_int8.available_paths():
+    if native_library.why_unavailable() is not None:
+        pytest.skip(str(native_library.why_unavailable()))
+    if request.param not in native_library.available_paths():
         pytest.skip(f"this processor has no {request.param}")
     return native_int8.load(path=request.param)
 
@@ -113,6 +116,38 @@ def test_linear_takes_rows_and_weights_that_are_views(kernel: NativeInt8) -> Non
     weight = Weight(wide.codes[::2, 10:40], wide.scale[::2])
     rows, row_scales = some_int8_rows(2, 22, 60)
     assert_linear_is_exact(kernel, rows[1::2, 30:], row_scales[1::2], weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_quantizing_linear_has_the_bits_of_quantising_multiplying_and_rounding(
+    kernel: NativeInt8, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    weight = some_weight(1, *shape)
+    packed = pack(kernel, weight)
+    x = randn(2, 600, shape[1], dtype=dtype)
+    x[3] = 0
+    expected = kernel.int8_linear(*kernel.quantize_rows(x), packed).to(dtype)
+    for threads in THREAD_COUNTS:
+        with num_threads(threads):
+            for count in SEVERAL_ROW_COUNTS:
+                chosen = some_rows(count * 10 + threads, count, len(x))
+                output = kernel.quantizing_linear(x[chosen], packed)
+                assert output.dtype == dtype
+                assert torch.equal(output, expected[chosen]), f"{count} rows, {threads} threads"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_an_mlp_has_the_bits_of_a_single_expert(kernel: NativeInt8, dtype: torch.dtype) -> None:
+    (gate_up,), (down,) = Layer(kernel, 1, 40, 24, 1.0).packed
+    x = randn(2, 600, 40, dtype=dtype)
+    rows = kernel.quantize_rows(x)
+    expected = kernel.int8_experts(*rows, torch.tensor([600]), [gate_up], [down]).to(dtype)
+    for threads in THREAD_COUNTS:
+        with num_threads(threads):
+            for count in SEVERAL_ROW_COUNTS:
+                chosen = some_rows(count * 10 + threads, count, len(x))
+                assert torch.equal(kernel.mlp(x[chosen], gate_up, down), expected[chosen]), (count, threads)
 
 
 def test_no_rows_give_no_rows(kernel: NativeInt8) -> None:
@@ -234,14 +269,15 @@ def test_the_described_swiglu_of_large_gates_is_their_limit() -> None:
 
 @needs_library
 def test_rows_that_do_not_fit_are_refused_with_what_fits() -> None:
-    packed = native_int8.pack_int8(torch.ones(4, 8, dtype=torch.int8), torch.ones(4))
+    kernel = native_int8.load()
+    packed = kernel.pack_int8(torch.ones(4, 8, dtype=torch.int8), torch.ones(4))
     rows = torch.ones(3, 8, dtype=torch.int8)
     fits = r"fit a weight \[4, 8\]: give int8 \[M, 8\] and float32 \[M\]"
     for wrong in ((rows[:, :7], torch.ones(3)), (rows, torch.ones(2)), (rows.float(), torch.ones(3))):
         with pytest.raises(ValueError, match=fits):
-            native_int8.int8_linear(*wrong, packed)
+            kernel.int8_linear(*wrong, packed)
     with pytest.raises(ValueError, match=fits):
-        native_int8.int8_linear(rows, torch.ones(3, dtype=torch.float64), packed)
+        kernel.int8_linear(rows, torch.ones(3, dtype=torch.float64), packed)
 
 
 @needs_library
@@ -251,12 +287,12 @@ def test_experts_that_do_not_belong_together_are_refused() -> None:
     rows, row_scales = some_int8_rows(1, 3, 16)
     for counts in ([1, 1], [1, 1, 1], [4, -1]):
         with pytest.raises(ValueError, match="must count 3 rows of 2 experts"):
-            native_int8.int8_experts(rows, row_scales, torch.tensor(counts), *small)
+            kernel.int8_experts(rows, row_scales, torch.tensor(counts), *small)
     mixed = [small[0][0], large[0][1]], [small[1][0], large[1][1]]
     with pytest.raises(
         ValueError, match=r"an expert with gate_up \[24, 16\] and down \[16, 12\] does not fit"
     ):
-        native_int8.int8_experts(rows, row_scales, torch.tensor([1, 2]), *mixed)
+        kernel.int8_experts(rows, row_scales, torch.tensor([1, 2]), *mixed)
 
 
 @needs_library
@@ -264,13 +300,15 @@ def test_a_weight_that_cannot_be_summed_in_int32_is_refused() -> None:
     wide = torch.ones(1, native_int8.MAX_IN_FEATURES + 1, dtype=torch.int8)
     for weight in (wide, torch.ones(1, 8)):
         with pytest.raises(ValueError, match="cannot be packed: give int8"):
-            native_int8.pack_int8(weight, torch.ones(1))
+            native_int8.load().pack_int8(weight, torch.ones(1))
 
 
 def test_without_the_library_the_error_says_how_to_get_it(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"was not built \(int8.so is missing\): install expertmesh again"):
-        native_int8.load(tmp_path / "int8.so")
-    broken = tmp_path / "int8.so"
+    with pytest.raises(
+        ConfigError, match=r"were not built \(kernels.so is missing\): install expertmesh again"
+    ):
+        native_int8.load(tmp_path / "kernels.so")
+    broken = tmp_path / "kernels.so"
     broken.write_text("no library")
     with pytest.raises(ConfigError, match="cannot be loaded"):
         native_int8.load(broken)
@@ -282,7 +320,7 @@ def test_without_the_library_the_error_says_how_to_get_it(tmp_path: Path) -> Non
 def test_a_build_that_fails_says_why_and_leaves_no_library_of_older_code(
     tmp_path: Path, compiler: str, reason: str
 ) -> None:
-    target = tmp_path / "int8.so"
+    target = tmp_path / "kernels.so"
     target.write_text("older")
     found = compile_library([compiler], target)
     assert found is not None
@@ -292,7 +330,7 @@ def test_a_build_that_fails_says_why_and_leaves_no_library_of_older_code(
 
 @needs_library
 def test_a_library_just_compiled_is_like_the_installed_one(tmp_path: Path) -> None:
-    target = tmp_path / "int8.so"
+    target = tmp_path / "kernels.so"
     reason = compile_library(["no-such-compiler", *COMPILERS], target)
     if reason is not None:
         pytest.skip(reason)

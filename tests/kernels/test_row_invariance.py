@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from common import rows
 from router.kernels import cpu
 from tests.kernels.comparing import ROW_COUNTS, THREAD_COUNTS, assert_close, num_threads, randn, some_rows
 
+KERNELS = pytest.mark.parametrize("kernels", [cpu, rows], ids=["cpu", "torch"])
+"""The native kernels where they were built, and what stands in for them elsewhere."""
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
 # (in, out): tiny models, odd sizes, and what V2-Lite has.
@@ -70,42 +73,52 @@ def test_linear_gives_the_same_bits_for_rows_at_any_address() -> None:
         assert torch.equal(rows.linear(x[first : first + 3], weight), expected[first : first + 3])
 
 
+@KERNELS
 @FLOATS
 @pytest.mark.parametrize(("heads", "size", "out"), [(1, 16, 32), (2, 7, 33), (4, 16, 24), (16, 128, 512)])
 def test_per_head_linear_gives_a_row_the_same_bits_in_every_batch(
-    heads: int, size: int, out: int, dtype: torch.dtype
+    kernels: ModuleType, heads: int, size: int, out: int, dtype: torch.dtype
 ) -> None:
     weight, x = randn(1, heads, out, size, dtype=dtype), randn(2, 520, heads, size, dtype=dtype)
     row_counts = ROW_COUNTS if heads * size * out < 10_000 else SEVERAL_ROW_COUNTS[::2]
-    assert_rows_are_their_own(lambda x: rows.per_head_linear(x, weight), x, row_counts=row_counts)
+    assert_rows_are_their_own(lambda x: kernels.per_head_linear(x, weight), x, row_counts=row_counts)
 
 
+@KERNELS
 @FLOATS
-def test_per_head_linear_takes_a_transposed_view_of_a_part_of_the_weight(dtype: torch.dtype) -> None:
+def test_per_head_linear_takes_a_transposed_view_of_a_part_of_the_weight(
+    kernels: ModuleType, dtype: torch.dtype
+) -> None:
     whole = randn(1, 4, 40, 64, dtype=dtype)  # [H, nope + v, C]
     view = whole[:, :24].transpose(1, 2)  # [H, C, nope]
     x = randn(2, 37, 4, 24, dtype=dtype)
     error = 2.0**-7 if dtype == torch.bfloat16 else 1e-6
-    assert_close(rows.per_head_linear(x, view), rows.per_head_linear(x, view.contiguous()), error)
+    assert_close(kernels.per_head_linear(x, view), kernels.per_head_linear(x, view.contiguous()), error)
     assert_rows_are_their_own(
-        lambda x: rows.per_head_linear(x, view),
+        lambda x: kernels.per_head_linear(x, view),
         randn(3, 520, 4, 24, dtype=dtype),
         row_counts=SEVERAL_ROW_COUNTS,
     )
 
 
+@KERNELS
 @FLOATS
 @pytest.mark.parametrize("size", [1, 24, 32, 33, 1408])
-def test_swiglu_gives_a_row_the_same_bits_in_every_batch(size: int, dtype: torch.dtype) -> None:
+def test_swiglu_gives_a_row_the_same_bits_in_every_batch(
+    kernels: ModuleType, size: int, dtype: torch.dtype
+) -> None:
     gate, up = randn(1, 600, size, dtype=dtype) * 5, randn(2, 600, size, dtype=dtype)
-    assert_rows_are_their_own(rows.swiglu, gate, up)
+    assert_rows_are_their_own(kernels.swiglu, gate, up)
 
 
+@KERNELS
 @FLOATS
 @pytest.mark.parametrize("size", [1, 24, 64, 100, 2048])
-def test_rms_norm_gives_a_row_the_same_bits_in_every_batch(size: int, dtype: torch.dtype) -> None:
+def test_rms_norm_gives_a_row_the_same_bits_in_every_batch(
+    kernels: ModuleType, size: int, dtype: torch.dtype
+) -> None:
     weight = randn(1, size, dtype=dtype)
-    assert_rows_are_their_own(lambda x: rows.rms_norm(x, weight, 1e-6), randn(2, 600, size, dtype=dtype))
+    assert_rows_are_their_own(lambda x: kernels.rms_norm(x, weight, 1e-6), randn(2, 600, size, dtype=dtype))
 
 
 @pytest.mark.parametrize("size", [3, 8, 64, 160])
@@ -122,6 +135,16 @@ def test_softmax_gives_a_row_as_long_as_a_vocabulary_the_same_bits_in_every_batc
 def test_rotate_gives_a_row_the_same_bits_in_every_batch(heads: int, size: int, dtype: torch.dtype) -> None:
     angles = randn(1, 600, size // 2)
     assert_rows_are_their_own(cpu.rotate, randn(2, 600, heads, size, dtype=dtype), angles.cos(), angles.sin())
+
+
+@FLOATS
+@pytest.mark.parametrize(("size", "experts"), [(1, 1), (24, 5), (33, 16), (2048, 64)])
+def test_gate_logits_give_a_row_the_same_bits_in_every_batch(
+    size: int, experts: int, dtype: torch.dtype
+) -> None:
+    weight = randn(1, experts, size)
+    x = randn(2, 520, size, dtype=dtype)
+    assert_rows_are_their_own(lambda x: cpu.gate_logits(x, weight), x, row_counts=SEVERAL_ROW_COUNTS)
 
 
 @FLOATS

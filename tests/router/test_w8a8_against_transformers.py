@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM
 
 from common.errors import CheckpointError
-from router.model.int8_linear import DynamicInt8Linear, StaticInt8Linear
+from router.model.int8_linear import DynamicInt8MLP, StaticInt8Linear
 from router.model.linear import Linear
 from router.model.loading import load_model
 from tests.oracle import Oracle
@@ -82,8 +82,8 @@ def test_both_generations_and_both_encodings_give_the_same_bits(write: WriteMode
 def test_layers_are_what_the_description_says_and_hold_no_weight_in_floating_point(write: WriteModel) -> None:
     model = load_model(write("v3", static_attention=True), "auto", "cpu", lambda *_: None)
     kinds = {path: type(module) for path, module in model.named_modules()}
-    assert kinds["model.layers.0.mlp.gate_proj"] is DynamicInt8Linear
-    assert kinds["model.layers.1.mlp.shared_experts.down_proj"] is DynamicInt8Linear
+    assert kinds["model.layers.0.mlp"] is DynamicInt8MLP
+    assert kinds["model.layers.1.mlp.shared_experts"] is DynamicInt8MLP
     assert kinds["model.layers.2.self_attn.q_a_proj"] is StaticInt8Linear
     assert kinds["model.layers.2.self_attn.kv_b_proj"] is Linear
     assert kinds["lm_head"] is Linear

@@ -1,0 +1,177 @@
+"""Float kernels of common/native for the router: norms, SwiGLU, rotation, gate, absorbed attention.
+
+A row gets the same bits in every company, at every number of threads and on every processor: each float
+operation is one IEEE operation in a fixed order. Threads: torch's number. Tensors are float32 or bfloat16.
+Shapes: M rows, T tokens, N queries, H heads, C kv_lora_rank, R qk_rope_head_dim, E experts, D hidden_size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common import native_library
+from common.native.compiler import LIBRARY
+from common.native_library import PATHS, best_path, open_library
+
+BFLOAT16 = torch.bfloat16
+_POINTER, _SIZE, _NUMBER, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_ARGUMENTS = {
+    "float_rms_norm": [_NUMBER, _NUMBER, _NUMBER, _POINTER, *[_SIZE] * 3, _POINTER, _FLOAT, _POINTER],
+    "float_swiglu": [_NUMBER, _NUMBER, _NUMBER, _POINTER, _POINTER, *[_SIZE] * 4, _POINTER],
+    "float_rotate": [_NUMBER, _NUMBER, _NUMBER, _POINTER, *[_SIZE] * 5, *[_POINTER] * 3],
+    "float_gate_logits": [_NUMBER, _NUMBER, _NUMBER, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER],
+    "float_per_head_linear": [
+        *(_NUMBER, _NUMBER, _NUMBER, _POINTER, *[_SIZE] * 5),
+        *(_POINTER, *[_SIZE] * 4, _POINTER),
+    ],
+    "float_latent_attention": [
+        *(_NUMBER, _NUMBER, _NUMBER, _POINTER, _POINTER, *[_SIZE] * 4),
+        *(_POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _FLOAT, _POINTER),
+    ],
+    "float_prompt_attention": [
+        *(_NUMBER, _NUMBER, _NUMBER, _POINTER, _POINTER, _POINTER, *[_SIZE] * 5),
+        *(_POINTER, _FLOAT, _POINTER),
+    ],
+    "float_store_latents": [
+        *(_NUMBER, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE),
+        *(_POINTER, _SIZE, _POINTER, _SIZE),
+    ],
+}
+
+
+class NativeFloats:
+    """The loaded library, and the path through it that is taken."""
+
+    def __init__(self, library: ctypes.CDLL, path: str) -> None:
+        self._library = library
+        self._path = PATHS.index(path)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # [M, D], [D] -> [M, D]
+        """Scale rows to unit root mean square in float32, round, then apply the weight."""
+        x = _rows(x)
+        output = torch.empty(x.shape, dtype=x.dtype)
+        self._library.float_rms_norm(
+            *(self._path, torch.get_num_threads(), x.dtype == BFLOAT16, x.data_ptr(), *x.shape, x.stride(0)),
+            *(weight.data_ptr(), eps, output.data_ptr()),
+        )
+        return output
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:  # 2 x [M, F] -> [M, F]
+        """Return silu(gate) * up, computed in float32 and rounded once."""
+        gate, up = _rows(gate), _rows(up)
+        output = torch.empty(gate.shape, dtype=gate.dtype)
+        self._library.float_swiglu(
+            *(self._path, torch.get_num_threads(), gate.dtype == BFLOAT16, gate.data_ptr(), up.data_ptr()),
+            *(*gate.shape, gate.stride(0), up.stride(0), output.data_ptr()),
+        )
+        return output
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # [T, H, R], 2 x [T, R/2] -> [T, H, R]
+        """Turn neighbouring pairs by their angle, in float32."""
+        x = x if x.stride(2) == 1 else x.contiguous()
+        cos, sin = cos.contiguous(), sin.contiguous()
+        output = torch.empty(x.shape, dtype=x.dtype)
+        self._library.float_rotate(
+            *(self._path, torch.get_num_threads(), x.dtype == BFLOAT16, x.data_ptr(), *x.shape),
+            *(x.stride(0), x.stride(1), cos.data_ptr(), sin.data_ptr(), output.data_ptr()),
+        )
+        return output
+
+    def gate_logits(self, x: Tensor, weight: Tensor) -> Tensor:  # [T, D], [E, D] float32 -> [T, E] float32
+        """Multiply rows by the gate's weight in float32."""
+        x, weight = x.contiguous(), weight.contiguous()
+        output = torch.empty(x.shape[0], weight.shape[0])
+        failure = self._library.float_gate_logits(
+            *(self._path, torch.get_num_threads(), x.dtype == BFLOAT16, x.data_ptr(), *x.shape),
+            *(weight.data_ptr(), weight.shape[0], output.data_ptr()),
+        )
+        _check(failure, x.shape[0])
+        return output
+
+    def per_head_linear(self, x: Tensor, weight: Tensor) -> Tensor:  # [T, H, I], [H, O, I] -> [T, H, O]
+        """Multiply the rows of every head by that head's weight, which may be a view."""
+        x = x if x.stride(2) == 1 else x.contiguous()
+        weight = weight if 1 in weight.stride()[1:] else weight.contiguous()
+        output = torch.empty(x.shape[0], x.shape[1], weight.shape[1], dtype=x.dtype)
+        failure = self._library.float_per_head_linear(
+            *(self._path, torch.get_num_threads(), x.dtype == BFLOAT16, x.data_ptr(), *x.shape),
+            *(x.stride(0), x.stride(1), weight.data_ptr(), weight.shape[1], *weight.stride()),
+            output.data_ptr(),
+        )
+        _check(failure, x.shape[0])
+        return output
+
+    def latent_attention(
+        self,
+        q_latent: Tensor,
+        q_pe: Tensor,
+        cache: Tensor,
+        block_tables: Tensor,
+        context_lens: Tensor,
+        scale: float,
+    ) -> Tensor:  # [N, H, C], [N, H, R], [blocks, block_size, C + R], [N, blocks of one], [N] -> [N, H, C]
+        """Attend to cached latents, each query to a sequence of its own, without reading any other slot."""
+        q_latent, q_pe = q_latent.contiguous(), q_pe.contiguous()
+        block_tables, context_lens = block_tables.contiguous(), context_lens.contiguous()
+        output = torch.empty(q_latent.shape, dtype=q_latent.dtype)
+        failure = self._library.float_latent_attention(
+            *(self._path, torch.get_num_threads(), q_latent.dtype == BFLOAT16),
+            *(q_latent.data_ptr(), q_pe.data_ptr(), *q_latent.shape, q_pe.shape[2]),
+            *(cache.data_ptr(), cache.shape[1], block_tables.data_ptr(), block_tables.shape[1]),
+            *(context_lens.data_ptr(), scale, output.data_ptr()),
+        )
+        _check(failure, len(q_latent))
+        return output
+
+    def prompt_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, start: int, scale: float
+    ) -> Tensor:  # [T, H, Dq], [S, H, Dq], [S, H, Dv] -> [T, H, Dv]
+        """Attend within one sequence; query i stands at position start + i and sees keys 0 ... start + i."""
+        q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+        output = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype)
+        strides = [x.stride(dim) for x in (q, k, v) for dim in (0, 1)]
+        failure = self._library.float_prompt_attention(
+            *(self._path, torch.get_num_threads(), q.dtype == BFLOAT16),
+            *(q.data_ptr(), k.data_ptr(), v.data_ptr(), *q.shape, v.shape[2], start),
+            *((_SIZE * len(strides))(*strides), scale, output.data_ptr()),
+        )
+        _check(failure, len(q))
+        return output
+
+    def store_latents(self, cache: Tensor, slot_mapping: Tensor, kv_c: Tensor, k_pe: Tensor) -> None:
+        """Write rows to their slots: [blocks, block_size, C + R], [T] int64, [T, C], [T, R]."""
+        kv_c, k_pe, slots = _rows(kv_c), _rows(k_pe), slot_mapping.contiguous()
+        self._library.float_store_latents(
+            *(cache.dtype == BFLOAT16, cache.data_ptr(), kv_c.shape[1], k_pe.shape[1]),
+            *(slots.data_ptr(), len(slots)),
+            *(kv_c.data_ptr(), kv_c.stride(0), k_pe.data_ptr(), k_pe.stride(0)),
+        )
+
+
+def load(library: Path = LIBRARY, path: str | None = None) -> NativeFloats:
+    """Load the kernels from a built library; `path` as in `native_int8.load`. Raises ConfigError."""
+    opened = open_library(library)
+    for name, arguments in _ARGUMENTS.items():
+        getattr(opened, name).argtypes = arguments
+    return NativeFloats(opened, path or best_path(opened))
+
+
+@cache
+def installed() -> NativeFloats | None:
+    """Return the kernels beside this package, or None where they were not built."""
+    return None if native_library.why_unavailable() else load()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return rows whose elements are neighbours; the rows themselves need not be."""
+    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+
+
+def _check(failure: int, num_rows: int) -> None:
+    if failure:
+        raise MemoryError(f"no memory to compute {num_rows} rows: send fewer at once")

@@ -1,0 +1,146 @@
+"""The native float kernels: close to the reference on every path, and with the same bits on all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from common import native_floats, native_library
+from common.native_floats import NativeFloats
+from router.kernels import reference
+from tests.kernels.comparing import assert_close, randn
+
+pytestmark = pytest.mark.skipif(
+    native_library.why_unavailable() is not None, reason=str(native_library.why_unavailable())
+)
+FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+
+
+@pytest.fixture(params=native_library.PATHS)
+def kernels(request: pytest.FixtureRequest) -> NativeFloats:
+    """The library on one of its paths."""
+    if request.param not in native_library.available_paths():
+        pytest.skip(f"this processor has no {request.param}")
+    return native_floats.load(path=request.param)
+
+
+def error_of(dtype: torch.dtype) -> float:
+    """One rounding of the result, and what sums in another order differ by."""
+    return 2.0**-7 if dtype == torch.bfloat16 else 2e-6
+
+
+def assert_like_the_reference(
+    kernels: NativeFloats,
+    dtype: torch.dtype,
+    compute: Callable[[NativeFloats], Tensor],
+    expected: Tensor,
+) -> None:
+    """Compare a path with the reference in float32, and its bits with those of the best path."""
+    output = compute(kernels)
+    assert_close(output, expected.to(output.dtype), error_of(dtype))
+    assert torch.equal(output, compute(native_floats.load()))
+
+
+@FLOATS
+@pytest.mark.parametrize("size", [1, 15, 16, 33, 2048])
+def test_rms_norm(kernels: NativeFloats, size: int, dtype: torch.dtype) -> None:
+    x, weight = randn(1, 9, size + 3, dtype=dtype)[:, 3:], randn(2, size, dtype=dtype)
+    expected = reference.rms_norm(x, weight, 1e-6)
+    assert_like_the_reference(kernels, dtype, lambda own: own.rms_norm(x, weight, 1e-6), expected)
+
+
+@FLOATS
+@pytest.mark.parametrize("size", [1, 15, 16, 33, 1408])
+def test_swiglu_of_views(kernels: NativeFloats, size: int, dtype: torch.dtype) -> None:
+    gate, up = (5 * randn(1, 9, 2 * size, dtype=dtype)).chunk(2, dim=1)
+    expected = reference.swiglu(gate, up)
+    assert_like_the_reference(kernels, dtype, lambda own: own.swiglu(gate, up), expected)
+
+
+@FLOATS
+@pytest.mark.parametrize(("heads", "size"), [(1, 2), (3, 6), (16, 64)])
+def test_rotate_of_a_part_of_a_query(
+    kernels: NativeFloats, heads: int, size: int, dtype: torch.dtype
+) -> None:
+    x = randn(1, 9, heads, size + 5, dtype=dtype)[..., 5:]
+    angles = randn(2, 9, size // 2)
+    expected = reference.rotate(x, angles.cos(), angles.sin())
+    assert_like_the_reference(kernels, dtype, lambda own: own.rotate(x, angles.cos(), angles.sin()), expected)
+
+
+@FLOATS
+@pytest.mark.parametrize(("size", "experts"), [(1, 1), (24, 5), (33, 17), (2048, 64)])
+def test_gate_logits(kernels: NativeFloats, size: int, experts: int, dtype: torch.dtype) -> None:
+    x, weight = randn(1, 21, size, dtype=dtype), randn(2, experts, size)
+    output = kernels.gate_logits(x, weight)
+    # Products of rows that are bfloat16 are exact too: only the order of the sum differs.
+    assert_close(output, reference.gate_logits(x, weight), 2e-6)
+    assert torch.equal(output, native_floats.load().gate_logits(x, weight))
+
+
+@FLOATS
+@pytest.mark.parametrize(("heads", "size", "out"), [(1, 1, 1), (2, 7, 33), (4, 16, 24), (16, 128, 512)])
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_per_head_linear_with_either_dimension_of_the_weight_first(
+    kernels: NativeFloats, heads: int, size: int, out: int, is_transposed: bool, dtype: torch.dtype
+) -> None:
+    x = randn(1, 19, heads, size, dtype=dtype)
+    weight = randn(2, heads, out, size, dtype=dtype)
+    if is_transposed:
+        weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
+    expected = reference.per_head_linear(x.float(), weight.float())
+    assert_like_the_reference(kernels, dtype, lambda own: own.per_head_linear(x, weight), expected)
+
+
+@FLOATS
+@pytest.mark.parametrize(
+    ("heads", "latents", "rope", "block"), [(1, 20, 6, 4), (13, 64, 8, 16), (16, 512, 64, 128)]
+)
+def test_latent_attention(
+    kernels: NativeFloats, heads: int, latents: int, rope: int, block: int, dtype: torch.dtype
+) -> None:
+    lengths = torch.tensor([1, 31, 32, 33, 3 * block])
+    cache = randn(1, 40, block, latents + rope, dtype=dtype)
+    tables = torch.randperm(40, generator=torch.Generator().manual_seed(2)).view(5, 8)
+    tables = tables.repeat(1, -(-33 // (8 * block)))
+    queries = randn(3, 5, heads, latents, dtype=dtype), randn(4, 5, heads, rope, dtype=dtype)
+    expected = reference.decode_attention(
+        queries[0].float(), queries[1].float(), cache.float(), tables, lengths, 0.1
+    )
+    assert_like_the_reference(
+        kernels,
+        dtype,
+        lambda own: own.latent_attention(*queries, cache, tables, lengths, 0.1),
+        expected,
+    )
+
+
+@FLOATS
+@pytest.mark.parametrize(("heads", "size", "values"), [(1, 5, 3), (3, 24, 20), (16, 192, 128)])
+@pytest.mark.parametrize(("start", "length"), [(0, 1), (0, 65), (63, 2), (100, 33)])
+def test_prompt_attention(
+    kernels: NativeFloats,
+    heads: int,
+    size: int,
+    values: int,
+    start: int,
+    length: int,
+    dtype: torch.dtype,
+) -> None:
+    q = randn(1, length, heads, size, dtype=dtype)
+    k, v = (randn(seed, start + length, heads, part, dtype=dtype) for seed, part in ((2, size), (3, values)))
+    expected = reference.prefill_attention(q.float(), k.float(), v.float(), start, 0.2, 16)
+    assert_like_the_reference(kernels, dtype, lambda own: own.prompt_attention(q, k, v, start, 0.2), expected)
+
+
+@FLOATS
+def test_latents_are_stored_where_the_slots_say(kernels: NativeFloats, dtype: torch.dtype) -> None:
+    whole = randn(1, 5, 26, dtype=dtype)
+    found, expected = torch.zeros(3, 4, 26, dtype=dtype), torch.zeros(3, 4, 26, dtype=dtype)
+    slots = torch.tensor([11, 0, 5, 7, 2])
+    kernels.store_latents(found, slots, whole[:, :20], whole[:, 20:])
+    reference.store_latents(expected, slots, whole[:, :20], whole[:, 20:])
+    assert torch.equal(found, expected)
