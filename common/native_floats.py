@@ -1,4 +1,4 @@
-"""Float kernels of common/native for the router: norms, SwiGLU, rotation, gate, absorbed attention.
+"""Float kernels of common/native: sums over slots, norms, SwiGLU, rotation, gate, absorbed attention.
 
 A row gets the same bits in every company, at every number of threads and on every processor: each float
 operation is one IEEE operation in a fixed order. Threads: torch's number. Tensors are float32 or bfloat16.
@@ -24,6 +24,10 @@ _ARGUMENTS = {
     "float_rms_norm": [_NUMBER, _NUMBER, _NUMBER, _POINTER, *[_SIZE] * 3, _POINTER, _FLOAT, _POINTER],
     "float_swiglu": [_NUMBER, _NUMBER, _NUMBER, _POINTER, _POINTER, *[_SIZE] * 4, _POINTER],
     "float_rotate": [_NUMBER, _NUMBER, _NUMBER, _POINTER, *[_SIZE] * 5, *[_POINTER] * 3],
+    "float_sum_slots": [
+        *(_NUMBER, _NUMBER, _NUMBER, _POINTER, _SIZE, _SIZE),
+        *(_POINTER, _POINTER, _SIZE, _SIZE, _NUMBER, _POINTER),
+    ],
     "float_gate_logits": [_NUMBER, _NUMBER, _NUMBER, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER],
     "float_per_head_linear": [
         *(_NUMBER, _NUMBER, _NUMBER, _POINTER, *[_SIZE] * 5),
@@ -79,6 +83,22 @@ class NativeFloats:
         self._library.float_rotate(
             *(self._path, torch.get_num_threads(), x.dtype == BFLOAT16, x.data_ptr(), *x.shape),
             *(x.stride(0), x.stride(1), cos.data_ptr(), sin.data_ptr(), output.data_ptr()),
+        )
+        return output
+
+    def sum_slots(
+        self, rows: Tensor, position_of: Tensor, topk_weights: Tensor, dtype: torch.dtype
+    ) -> Tensor:  # [R, D], [T, K] int64, [T, K] float32 -> [T, D] float32 or float64
+        """Add up the rows of every token: products rounded in float32, added in slot order in float64.
+
+        A position of R or more adds nothing.
+        """
+        rows, position_of, topk_weights = (x.contiguous() for x in (rows, position_of, topk_weights))
+        output = torch.empty(position_of.shape[0], rows.shape[1], dtype=dtype)
+        self._library.float_sum_slots(
+            *(self._path, torch.get_num_threads(), rows.dtype == BFLOAT16, rows.data_ptr(), *rows.shape),
+            *(position_of.data_ptr(), topk_weights.data_ptr(), *position_of.shape),
+            *(dtype == torch.float64, output.data_ptr()),
         )
         return output
 

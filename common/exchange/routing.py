@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from common.errors import MessageError
+from common.native_floats import NativeFloats, installed
 from common.replica_choice import replica_of
 
 BLOCK_TOKENS = 2048
@@ -175,6 +176,9 @@ def weighted_sum(rows: Tensor, position_of: Tensor, topk_weights: Tensor) -> Ten
 
     Products are rounded in float32, added in slot order in float64, and the sum is rounded once.
     """
+    native = _native_for(rows)
+    if native is not None:
+        return native.sum_slots(rows, position_of, topk_weights, torch.float32)
     total = torch.empty(position_of.shape[0], rows.shape[1], device=rows.device)
     for first in range(0, position_of.shape[0], BLOCK_TOKENS):
         block = slice(first, first + BLOCK_TOKENS)
@@ -188,6 +192,9 @@ def weighted_sum(rows: Tensor, position_of: Tensor, topk_weights: Tensor) -> Ten
 
 def partial_sum(output: Tensor, local: LocalRows) -> Tensor:
     """The part of every token's sum that a worker's own experts give, [T, D] float64; output [R, D]."""
+    native = _native_for(output)
+    if native is not None:
+        return native.sum_slots(output, local.position_of, local.weights, torch.float64)
     num_tokens, top_k = local.position_of.shape
     total = torch.zeros(num_tokens, output.shape[1], dtype=torch.float64, device=output.device)
     for slot in range(top_k):
@@ -206,3 +213,9 @@ def sum_partials(partials: Sequence[Tensor]) -> Tensor:
     for partial in partials[1:]:
         total += partial
     return total.float()
+
+
+def _native_for(rows: Tensor) -> NativeFloats | None:
+    """The kernels that give the same bits in one pass, where they are built and take such rows."""
+    takes = rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.bfloat16)
+    return installed() if takes else None

@@ -21,6 +21,7 @@ constexpr int64_t kMostHeads = 8;   // heads of a query that read the same laten
 constexpr int64_t kQueryTile = 32;   // queries of a prompt that meet the same keys
 constexpr int64_t kPromptTile = 64;  // keys that queries of a prompt see between two looks at the maximum
 constexpr int64_t kColumnTile = 16;  // experts of one task
+constexpr int64_t kSumTile = 256;    // columns that are summed up while they stay in the cache
 constexpr int64_t kLeastWork = 1 << 17;  // products that are worth waking another thread for
 
 template <class T>
@@ -151,6 +152,15 @@ void rotate_rows(int path, int threads, const T* x, int64_t tokens, int64_t head
     for (int64_t head = 0; head < heads; head++)
       ON_PATH(path, rotate(x + token * token_stride + head * head_stride, cos + token * (size / 2),
                            sin + token * (size / 2), size, out + (token * heads + head) * size));
+}
+
+template <class T, class Sum>
+void sum_tokens(int path, int threads, const T* rows, int64_t num_rows, int64_t size, const int64_t* positions,
+                const float* weights, int64_t tokens, int64_t slots, Sum* out) {
+#pragma omp parallel for num_threads(threads_for(threads, tokens, tokens * slots * size))
+  for (int64_t token = 0; token < tokens; token++)
+    ON_PATH(path, sum_slots(rows, num_rows, size, positions + token * slots, weights + token * slots, slots,
+                            out + token * size));
 }
 
 template <class T>
@@ -323,6 +333,18 @@ EXPORT void float_rotate(int path, int threads, int is_bfloat16, const void* x, 
                          const float* sin, void* out) {
   FOR_TYPE(is_bfloat16, rotate_rows(path, threads, as<T>(x), tokens, heads, size, token_stride, head_stride,
                                     cos, sin, as<T>(out)))
+}
+
+// rows [num_rows, size], positions and weights [T, slots] -> out [T, size], float or double: products rounded to
+// float, added in slot order in double. A position of num_rows or more adds nothing.
+EXPORT void float_sum_slots(int path, int threads, int is_bfloat16, const void* rows, int64_t num_rows,
+                            int64_t size, const int64_t* positions, const float* weights, int64_t tokens,
+                            int64_t slots, int is_double, void* out) {
+  FOR_TYPE(is_bfloat16,
+           if (is_double) sum_tokens(path, threads, as<T>(rows), num_rows, size, positions, weights, tokens, slots,
+                                     as<double>(out));
+           else sum_tokens(path, threads, as<T>(rows), num_rows, size, positions, weights, tokens, slots,
+                           as<float>(out)))
 }
 
 // x [M, D], weight [E, D] float -> out [M, E] float. Returns 0, or 1 if there is not enough memory.

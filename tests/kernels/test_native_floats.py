@@ -144,3 +144,20 @@ def test_latents_are_stored_where_the_slots_say(kernels: NativeFloats, dtype: to
     kernels.store_latents(found, slots, whole[:, :20], whole[:, 20:])
     reference.store_latents(expected, slots, whole[:, :20], whole[:, 20:])
     assert torch.equal(found, expected)
+
+
+@FLOATS
+@pytest.mark.parametrize("sums", [torch.float32, torch.float64], ids=["rounded", "double"])
+@pytest.mark.parametrize("size", [1, 40, 300])
+def test_sums_over_slots_have_the_bits_of_the_loop_over_slots(
+    kernels: NativeFloats, size: int, sums: torch.dtype, dtype: torch.dtype
+) -> None:
+    rows, weights = randn(1, 30, size, dtype=dtype), randn(2, 25, 3)
+    position_of = torch.randint(36, (25, 3), generator=torch.Generator().manual_seed(3))
+    expected = torch.zeros(25, size, dtype=torch.float64)
+    for token, position, weight in (
+        (t, position_of[t, k], weights[t, k]) for t in range(25) for k in range(3)
+    ):
+        if position < 30:
+            expected[token] += (rows[position].float() * weight).double()
+    assert torch.equal(kernels.sum_slots(rows, position_of, weights, sums), expected.to(sums))
