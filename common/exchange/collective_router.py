@@ -24,6 +24,7 @@ from common.exchange import ALL_GATHER, Dispatched, Extra, RowOrigins, StepHeade
 from common.exchange import collective_message as message
 from common.exchange.collective_group import CollectiveGroup, PendingCollective
 from common.exchange.deadline import CEILING_S, Deadline
+from common.exchange.reply_spans import add_reply_spans
 from common.exchange.rounds import cut_rounds
 from common.exchange.routing import RowShape, SortedRows, sort_rows, sum_partials, weighted_sum
 from common.exchange.sent_rows import gather_rows
@@ -315,9 +316,7 @@ class CollectiveRouterExchange:
         times[0] += (header.compute_start_ns - header.received_ns) / 1e9
         times[1] += (header.compute_end_ns - header.compute_start_ns) / 1e9
         times[2] += max(arrived_ns - request.posted_ns - at_worker_ns, 0) / 1e9
-        if self._timeline is not None:
-            span = (header.compute_start_ns, header.compute_end_ns, self._names[ep_rank])
-            self._timeline.add("experts", *span, layer_id=header.layer_id, rows=sent.num_rows)
+        add_reply_spans(self._timeline, self._names[ep_rank], header, sent.num_rows)
 
     def _extend(self) -> None:
         self._deadline.extend(sum(request.most_rows for request in self._requests))

@@ -21,6 +21,7 @@ from common.errors import LinkError, MessageError, WorkerLost
 from common.exchange import ALL_GATHER, Dispatched, Extra, RowOrigins, StepHeader, wire
 from common.exchange.deadline import CEILING_S, Deadline
 from common.exchange.links_expert import say_goodbye
+from common.exchange.reply_spans import add_reply_spans
 from common.exchange.routing import RowShape, SortedRows, sort_rows, sum_partials, weighted_sum
 from common.exchange.sent_rows import SentRows, gather_rows
 from common.exchange.slot_tables import SlotTables, buffer_rows, count_extra_rounds, message_rows
@@ -305,15 +306,7 @@ class LinksRouterExchange:
         worker.times[0] += (header.compute_start_ns - header.received_ns) / 1e9
         worker.times[1] += (header.compute_end_ns - header.compute_start_ns) / 1e9
         worker.times[2] += max(arrived_ns - request.posted_ns - at_worker_ns, 0) / 1e9
-        if self._timeline is not None:
-            self._timeline.add(
-                "experts",
-                header.compute_start_ns,
-                header.compute_end_ns,
-                worker.name,
-                layer_id=header.layer_id,
-                rows=request.num_rows,
-            )
+        add_reply_spans(self._timeline, worker.name, header, request.num_rows)
         worker.progress = None
         if worker.requests:
             self._extend(worker)

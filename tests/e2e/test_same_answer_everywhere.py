@@ -90,11 +90,21 @@ def test_a_v2_checkpoint_answers_the_same_in_one_process_and_with_two_workers(v2
 
 
 @pytest.mark.e2e
+@pytest.mark.parametrize("model", ["v3_model", "w8a8_model"])
 def test_bench_exchange_traces_a_real_step_in_which_router_and_workers_compute_at_the_same_time(
-    v3_model: Path, tmp_path: Path
+    model: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     file = tmp_path / "trace.json"
-    flags = ("--model", str(v3_model), "--micro-batches", "2", "--prompt-tokens", "400", "--chunk-rows", "64")
+    flags = (
+        "--model",
+        str(request.getfixturevalue(model)),
+        "--micro-batches",
+        "2",
+        "--prompt-tokens",
+        "400",
+        "--chunk-rows",
+        "64",
+    )
     done = subprocess.run(
         command("bench", "exchange", *flags, "--max-tokens", "4", "--trace", str(file), "--json"),
         capture_output=True,
@@ -108,6 +118,7 @@ def test_bench_exchange_traces_a_real_step_in_which_router_and_workers_compute_a
     assert summary["counts"]["shared_experts"] == 3 * (2 + 3)
     assert summary["counts"]["experts"] > summary["counts"]["dispatch"]  # chunks
     assert summary["overlap"] > 0
+    assert summary["arrived_meanwhile"] > 0
 
 
 QUANTISED: dict[str, tuple[int, dict[str, str]]] = {
