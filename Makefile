@@ -69,6 +69,7 @@ check: lint types test  ## What has to be green before a commit
 bench: setup  ## Run the benchmarks of benchmarks/ (see its README)
 	@$(BIN)/python -m benchmarks.bench_exchange
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.bench_int8
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.bench_micro_batches .cache/v2-lite-layers
 	@$(BIN)/python -m benchmarks.v2_lite_shape .cache/v2-lite-shape
 	@$(BIN)/python -m benchmarks.bench_serving .cache/v2-lite-shape
 

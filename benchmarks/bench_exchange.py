@@ -1,12 +1,14 @@
 """Round trip of one MoE layer through the exchange, without experts: links beside collective beside a socket.
 
 `python -m benchmarks.bench_exchange [--workers 2 8 40] [--tokens 1 8 64 512] [--repetitions 200]`
-Prints a markdown table; the three alternate within one run. Shapes: T tokens, K choices, D hidden_size.
+Prints a markdown table; the three alternate within one run, and so do the forms that rows travel in at
+ep_level 2. Shapes: T tokens, K choices, D hidden_size.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import socket
 import statistics
 import struct
@@ -15,11 +17,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.echo_worker import EPOCH, HOST, INCARNATION, JOIN_S, LAYER, TERM, Bench, start
+from benchmarks.echo_worker import EPOCH, HOST, INCARNATION, JOIN_S, LAYERS, TERM, Bench, start
 from common import process_group
 from common.exchange import ALL_GATHER, ALL_TO_ALL, RouterExchange, StepHeader
 from common.exchange.collective import CollectiveRouterExchange, join_group
@@ -29,7 +32,7 @@ HIDDEN_SIZE, TOP_K, NUM_EXPERTS = 2048, 6, 64
 BLOCKS = 10
 WARM_UP = 20
 SIZES = struct.Struct("<QQ")
-BF16, F32, F64, I64 = 2, 4, 8, 8
+INT8, BF16, F32, F64, I64 = 1, 2, 4, 8, 8
 
 
 class BareSocket:
@@ -68,11 +71,12 @@ def echo() -> None:
         end.sendall(bytes(received))
 
 
-def message_bytes(level: int, num_tokens: int, ep_size: int) -> tuple[int, int]:
+def message_bytes(level: int, form: str, num_tokens: int, ep_size: int) -> tuple[int, int]:
     """Bytes that must leave the router and come home at one layer."""
     if level == ALL_TO_ALL:
-        rows = num_tokens * TOP_K * HIDDEN_SIZE * BF16
-        return rows, rows
+        rows = num_tokens * TOP_K
+        sent = HIDDEN_SIZE * INT8 + F32 if form == "int8" else HIDDEN_SIZE * BF16
+        return rows * sent, rows * HIDDEN_SIZE * BF16
     per_token = TOP_K * (I64 + F32) + HIDDEN_SIZE * BF16
     return ep_size * num_tokens * per_token, ep_size * num_tokens * HIDDEN_SIZE * F64
 
@@ -101,7 +105,11 @@ def exchanges(ep_size: int) -> Iterator[dict[str, RouterExchange]]:
             child.wait(10)
 
 
-def rows_of(num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+Given = tuple[Tensor, Tensor, Tensor]
+"""hidden_states [T, D], topk_ids and topk_weights [T, K]."""
+
+
+def rows_of(num_tokens: int) -> Given:
     weights, ids = torch.rand(num_tokens, NUM_EXPERTS).topk(TOP_K, dim=1)
     return torch.randn(num_tokens, HIDDEN_SIZE).bfloat16(), ids, weights
 
@@ -112,31 +120,38 @@ def timed_us(work: Callable[[], object]) -> float:
     return (time.monotonic_ns() - began_ns) / 1000
 
 
+Figures = dict[str, dict[str, list[float]]]
+"""Microseconds, by the form of rows and by what carried them."""
+
+
 class Run:
-    """The figures of one line of the table."""
+    """The figures of some lines of the table."""
 
     def __init__(self, pair: dict[str, RouterExchange], bare: BareSocket, repetitions: int) -> None:
         self._pair, self._bare, self._repetitions = pair, bare, repetitions
         self._steps = dict.fromkeys(pair, 0)
 
-    def measure(self, level: int, num_tokens: int, ep_size: int) -> dict[str, list[float]]:
-        """Microseconds per repetition, by name; blocks of each alternate."""
+    def measure(self, level: int, forms: list[str], num_tokens: int, ep_size: int) -> Figures:
+        """All of one number of tokens; blocks of each form and carrier alternate."""
         given = rows_of(num_tokens)
-        figures: dict[str, list[float]] = {name: [] for name in (*self._pair, "socket")}
-        size = message_bytes(level, num_tokens, ep_size)
-        for block in range(BLOCKS + 1):
+        figures: Figures = {form: {name: [] for name in (*self._pair, "socket")} for form in forms}
+        for block, form in itertools.product(range(BLOCKS + 1), forms):
             count = WARM_UP if block == 0 else self._repetitions // BLOCKS
-            for name, exchange in self._pair.items():
-                self._steps[name] += 1
-                exchange.begin(StepHeader(TERM, EPOCH, self._steps[name], level, num_tokens))
-                times = [timed_us(lambda: self._layer(exchange, given)) for _ in range(count)]  # noqa: B023
-                figures[name] += times if block else []
-            times = [timed_us(lambda: self._bare.round_trip(*size)) for _ in range(count)]
-            figures["socket"] += times if block else []
+            size = message_bytes(level, form, num_tokens, ep_size)
+            for name in figures[form]:
+                work: Callable[[], object] = partial(self._bare.round_trip, *size)
+                if name in self._pair:
+                    work = self._begin(name, level, LAYERS[form], given)
+                times = [timed_us(work) for _ in range(count)]
+                figures[form][name] += times if block else []
         return figures
 
-    def _layer(self, exchange: RouterExchange, given: tuple[Tensor, Tensor, Tensor]) -> None:
-        exchange.combine(exchange.dispatch(LAYER, 0, *given))
+    def _begin(self, name: str, level: int, layer_id: int, given: Given) -> Callable[[], object]:
+        """Announce a step and return what takes rows through a layer of it."""
+        exchange = self._pair[name]
+        self._steps[name] += 1
+        exchange.begin(StepHeader(TERM, EPOCH, self._steps[name], level, len(given[0])))
+        return lambda: exchange.combine(exchange.dispatch(layer_id, 0, *given))
 
 
 def percentile_99(values: list[float]) -> float:
@@ -153,20 +168,21 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     names = ("links", "collective", "socket")
-    print(f"| workers | level | tokens | {' | '.join(f'{name} us (p99)' for name in names)} |")
-    print("|---|---|---|" + "---|" * len(names))
+    print(f"| workers | level | tokens | rows | {' | '.join(f'{name} us (p99)' for name in names)} |")
+    print("|---|---|---|---|" + "---|" * len(names))
     bare = BareSocket()
     for ep_size in options.workers:
         with exchanges(ep_size) as pair:
             run = Run(pair, bare, options.repetitions)
-            for level in options.levels:
-                for num_tokens in options.tokens:
-                    figures = run.measure(level, num_tokens, ep_size)
+            for level, num_tokens in itertools.product(options.levels, options.tokens):
+                forms = [*LAYERS] if level == ALL_TO_ALL else ["bfloat16"]
+                for form, figures in run.measure(level, forms, num_tokens, ep_size).items():
                     cells = [
                         f"{statistics.median(figures[name]):.0f} ({percentile_99(figures[name]):.0f})"
                         for name in names
                     ]
-                    print(f"| {ep_size} | {level} | {num_tokens} | {' | '.join(cells)} |", flush=True)
+                    first = f"| {ep_size} | {level} | {num_tokens} | {form} |"
+                    print(f"{first} {' | '.join(cells)} |", flush=True)
     bare.close()
 
 

@@ -1,4 +1,4 @@
-"""An expert worker without experts, for timing the exchange alone: rows go home as they came.
+"""An expert worker without experts, for timing the exchange alone: as many rows go home as came.
 
 `python -m benchmarks.echo_worker JSON` joins a router over links and over a collective and serves both.
 """
@@ -12,9 +12,10 @@ import threading
 from dataclasses import asdict, dataclass
 
 import torch
+from torch import Tensor
 
-from common import process_group
-from common.exchange import ExpertExchange
+from common import int8_rows, process_group
+from common.exchange import ExpertExchange, Received
 from common.exchange.collective import CollectiveExpertExchange, join_group
 from common.exchange.links import LinksExpertExchange
 from common.exchange.routing import RowShape
@@ -22,7 +23,9 @@ from common.placement import Placement, contiguous
 from expert_worker.step_loop import serve
 
 HOST = "127.0.0.1"
-LAYER, TERM, EPOCH, INCARNATION, JOIN_S = 1, 1, 1, 1, 120.0
+TERM, EPOCH, INCARNATION, JOIN_S = 1, 1, 1, 120.0
+LAYERS = {"bfloat16": 1, "bfloat16, quantised at the worker": 2, "int8": 3}
+"""Forms of rows: each has a layer. The second is what W8A8 experts would do with the first."""
 DTYPE = torch.bfloat16
 
 
@@ -38,19 +41,34 @@ class Bench:
 
     @property
     def placement(self) -> Placement:
-        """Contiguous, one layer."""
-        return contiguous(self.n_routed_experts, self.ep_size, [LAYER])
+        """Contiguous."""
+        return contiguous(self.n_routed_experts, self.ep_size, LAYERS.values())
 
     @property
     def shape(self) -> RowShape:
         """Of every row."""
-        return RowShape(self.hidden_size, self.num_experts_per_tok, DTYPE)
+        return RowShape(self.hidden_size, self.num_experts_per_tok, DTYPE, frozenset({LAYERS["int8"]}))
 
 
 def start(bench: Bench, ep_rank: int) -> subprocess.Popen[bytes]:
     """Start one worker process."""
     spec = json.dumps({**asdict(bench), "ep_rank": ep_rank})
     return subprocess.Popen([sys.executable, "-m", "benchmarks.echo_worker", spec])
+
+
+class Answers:
+    """What stands in for the experts' output: memory that was written to before."""
+
+    def __init__(self, hidden_size: int) -> None:
+        self._rows = torch.zeros(0, hidden_size, dtype=DTYPE)
+
+    def __call__(self, received: Received) -> Tensor:
+        num_rows = len(received.rows)
+        if num_rows > len(self._rows):
+            self._rows = torch.zeros(2 * num_rows, self._rows.shape[1], dtype=DTYPE)
+        if received.layer_id == LAYERS["bfloat16, quantised at the worker"]:
+            int8_rows.quantize_rows(received.rows)
+        return self._rows[:num_rows]
 
 
 def main() -> None:
@@ -68,9 +86,8 @@ def main() -> None:
     collective.add_router(TERM, EPOCH, INCARNATION, group, bench.shape, experts)
     ends: tuple[ExpertExchange, ...] = (links, collective)
     for exchange in ends:
-        threading.Thread(
-            target=serve, args=(exchange, lambda received: received.rows, lambda: False), daemon=True
-        ).start()
+        answers = Answers(bench.hidden_size)
+        threading.Thread(target=serve, args=(exchange, answers, lambda: False), daemon=True).start()
     threading.Event().wait()
 
 

@@ -112,6 +112,7 @@ class ControlService(fleet_pb2_grpc.ExpertWorkerServiceServicer):
             model_path=str(self._model_path or request.model_path),
             dtype=request.dtype,
             layers=[[layer.layer_id, list(layer.expert_ids)] for layer in request.layers],
+            int8_layers=list(request.int8_layers),
             exchange=link.exchange,
             host=link.host,
             port=link.port,

@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from common.errors import ExpertMeshError
+from common.errors import CheckpointError, ExpertMeshError
 from common.exchange.routing import RowShape
 from common.model_config import ModelConfig
+from common.quantization.row_format import int8_layers
 from expert_worker.experts import LayerExperts
 from expert_worker.joining import JoinGroup, JoinLink, experts_of
 from expert_worker.messages import Linked, Loaded, Loading, Prepare, PrepareFailed
@@ -78,6 +79,7 @@ class EpochLoading:
             self._send(PrepareFailed(message.term, message.epoch, type(error).__name__, str(error)))
 
     def _load(self, message: Prepare) -> None:
+        _check_row_format(message)
         sent_at = 0.0
 
         def on_progress(loaded_bytes: int, total_bytes: int) -> None:
@@ -99,10 +101,26 @@ class EpochLoading:
 
     def _join(self, message: Prepare) -> None:
         config = ModelConfig.from_directory(Path(message.model_path))
-        shape = RowShape(config.hidden_size, config.num_experts_per_tok, DTYPES[message.dtype])
+        shape = RowShape(
+            config.hidden_size,
+            config.num_experts_per_tok,
+            DTYPES[message.dtype],
+            frozenset(message.int8_layers),
+        )
         self._joining.join(message, shape, lambda: self._check(message))
         self._send(Linked(message.term, message.epoch))
 
     def _check(self, message: Prepare) -> None:
         if self._newest.get(message.term) != message.epoch:
             raise Superseded(f"epoch {message.epoch} of term {message.term} was superseded or given up")
+
+
+def _check_row_format(message: Prepare) -> None:
+    """Refuse rows in another form than the experts here take: they would be computed to other bits."""
+    model_path = Path(message.model_path)
+    ours, theirs = int8_layers(model_path, ModelConfig.from_directory(model_path)), set(message.int8_layers)
+    if ours != theirs:
+        raise CheckpointError(
+            f"the router sends rows of layers {sorted(theirs)} in int8, but in {model_path} the layers of "
+            f"W8A8_DYNAMIC experts are {sorted(ours)}: give router and workers the same checkpoint"
+        )

@@ -133,7 +133,8 @@ class Executor:
             received.rows,
             received.tokens_per_expert,
             self._progress.tick,
-            is_grouped=received.is_grouped,
+            received.row_scales,
+            received.is_grouped,
         )
 
     def _read(self, messages: Iterator[Any], loading: EpochLoading, joining: JoinLink | JoinGroup) -> None:

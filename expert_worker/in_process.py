@@ -22,9 +22,9 @@ def open_experts(
     device: str,
     experts: Mapping[int, tuple[int, ...]],
     on_progress: Callable[[int, int], None],
-) -> Callable[[int, Tensor, Tensor, bool], Tensor]:
-    """Load experts and return what computes with them: (layer_id, rows, tokens_per_expert, is_grouped)
-    -> rows.
+) -> Callable[[int, Tensor, Tensor | None, Tensor, bool], Tensor]:
+    """Load experts and return what computes with them: (layer_id, rows, row_scales, tokens_per_expert,
+    is_grouped) -> rows.
 
     Args:
         model_path: the checkpoint's directory.
@@ -41,9 +41,11 @@ def open_experts(
     layers = shard.hold(ShardSource(Path(model_path), dtype), experts, on_progress)
 
     def compute(
-        layer_id: int, rows: Tensor, tokens_per_expert: Tensor, is_grouped: bool = True
-    ) -> Tensor:  # [R, D], [E_local] -> [R, D]
+        layer_id: int, rows: Tensor, row_scales: Tensor | None, tokens_per_expert: Tensor, is_grouped: bool
+    ) -> Tensor:  # [R, D], [R], [E_local] -> [R, D]
         with torch.inference_mode():
-            return layers[layer_id].forward(rows, tokens_per_expert, is_grouped=is_grouped)
+            return layers[layer_id].forward(
+                rows, tokens_per_expert, row_scales=row_scales, is_grouped=is_grouped
+            )
 
     return compute

@@ -31,6 +31,7 @@ class Prepare:
 
     Attributes:
         layers: [[layer_id, [expert ids in local order]], ...].
+        int8_layers: the layers whose rows the router sends in int8 at ep_level 2.
         exchange, host, port, prefix, timeout_s: how rows arrive, and where the link to the router is agreed
             on (fleet.proto, LinkAddress).
     """
@@ -43,6 +44,7 @@ class Prepare:
     model_path: str
     dtype: str
     layers: list[list[int | list[int]]]
+    int8_layers: list[int]
     exchange: str
     host: str
     port: int

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12protos/fleet.proto\x12\rexpertmesh.v1\"\x7f\n\x0fRegisterRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x12\n\narithmetic\x18\x05 \x01(\t\x12\x0f\n\x07version\x18\x06 \x01(\t\">\n\x10RegisterResponse\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x1c\n\x14heartbeat_interval_s\x18\x02 \x01(\x01\"\xe3\x01\n\x13PrepareEpochRequest\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0f\n\x07\x65p_rank\x18\x04 \x01(\r\x12\x0f\n\x07\x65p_size\x18\x05 \x01(\r\x12\x12\n\nmodel_path\x18\x06 \x01(\t\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12+\n\x06layers\x18\x08 \x03(\x0b\x32\x1b.expertmesh.v1.LayerExperts\x12(\n\x04link\x18\t \x01(\x0b\x32\x1a.expertmesh.v1.LinkAddress\"4\n\x0cLayerExperts\x12\x10\n\x08layer_id\x18\x01 \x01(\r\x12\x12\n\nexpert_ids\x18\x02 \x03(\r\"^\n\x0bLinkAddress\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\r\x12\x0e\n\x06prefix\x18\x03 \x01(\t\x12\x11\n\ttimeout_s\x18\x04 \x01(\x01\x12\x10\n\x08\x65xchange\x18\x05 \x01(\t\"\xa1\x01\n\x14PrepareEpochResponse\x12.\n\x07loading\x18\x01 \x01(\x0b\x32\x1b.expertmesh.v1.LoadProgressH\x00\x12\'\n\x06loaded\x18\x02 \x01(\x0b\x32\x15.expertmesh.v1.LoadedH\x00\x12\'\n\x06linked\x18\x03 \x01(\x0b\x32\x15.expertmesh.v1.LinkedH\x00\x42\x07\n\x05\x65vent\"9\n\x0cLoadProgress\x12\x14\n\x0cloaded_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\"\x1e\n\x06Loaded\x12\x14\n\x0cloaded_bytes\x18\x01 \x01(\x04\"\x08\n\x06Linked\"5\n\x10HeartbeatRequest\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\"\x80\x01\n\x11HeartbeatResponse\x12\x16\n\x0e\x65xecutor_state\x18\x01 \x01(\t\x12\x10\n\x08progress\x18\x02 \x01(\x04\x12\x13\n\x0b\x63pu_time_ns\x18\x03 \x01(\x04\x12\x14\n\x0cloaded_bytes\x18\x04 \x01(\x04\x12\x16\n\x0egrouped_matmul\x18\x05 \x01(\t\"K\n\x16RestartExecutorRequest\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\".\n\x17RestartExecutorResponse\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x32[\n\x0c\x46leetService\x12K\n\x08Register\x12\x1e.expertmesh.v1.RegisterRequest\x1a\x1f.expertmesh.v1.RegisterResponse2\xa2\x02\n\x13\x45xpertWorkerService\x12Y\n\x0cPrepareEpoch\x12\".expertmesh.v1.PrepareEpochRequest\x1a#.expertmesh.v1.PrepareEpochResponse0\x01\x12N\n\tHeartbeat\x12\x1f.expertmesh.v1.HeartbeatRequest\x1a .expertmesh.v1.HeartbeatResponse\x12`\n\x0fRestartExecutor\x12%.expertmesh.v1.RestartExecutorRequest\x1a&.expertmesh.v1.RestartExecutorResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12protos/fleet.proto\x12\rexpertmesh.v1\"\x7f\n\x0fRegisterRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x12\n\narithmetic\x18\x05 \x01(\t\x12\x0f\n\x07version\x18\x06 \x01(\t\">\n\x10RegisterResponse\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x1c\n\x14heartbeat_interval_s\x18\x02 \x01(\x01\"\xf8\x01\n\x13PrepareEpochRequest\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0f\n\x07\x65p_rank\x18\x04 \x01(\r\x12\x0f\n\x07\x65p_size\x18\x05 \x01(\r\x12\x12\n\nmodel_path\x18\x06 \x01(\t\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12+\n\x06layers\x18\x08 \x03(\x0b\x32\x1b.expertmesh.v1.LayerExperts\x12(\n\x04link\x18\t \x01(\x0b\x32\x1a.expertmesh.v1.LinkAddress\x12\x13\n\x0bint8_layers\x18\n \x03(\r\"4\n\x0cLayerExperts\x12\x10\n\x08layer_id\x18\x01 \x01(\r\x12\x12\n\nexpert_ids\x18\x02 \x03(\r\"^\n\x0bLinkAddress\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\r\x12\x0e\n\x06prefix\x18\x03 \x01(\t\x12\x11\n\ttimeout_s\x18\x04 \x01(\x01\x12\x10\n\x08\x65xchange\x18\x05 \x01(\t\"\xa1\x01\n\x14PrepareEpochResponse\x12.\n\x07loading\x18\x01 \x01(\x0b\x32\x1b.expertmesh.v1.LoadProgressH\x00\x12\'\n\x06loaded\x18\x02 \x01(\x0b\x32\x15.expertmesh.v1.LoadedH\x00\x12\'\n\x06linked\x18\x03 \x01(\x0b\x32\x15.expertmesh.v1.LinkedH\x00\x42\x07\n\x05\x65vent\"9\n\x0cLoadProgress\x12\x14\n\x0cloaded_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\"\x1e\n\x06Loaded\x12\x14\n\x0cloaded_bytes\x18\x01 \x01(\x04\"\x08\n\x06Linked\"5\n\x10HeartbeatRequest\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\"\x80\x01\n\x11HeartbeatResponse\x12\x16\n\x0e\x65xecutor_state\x18\x01 \x01(\t\x12\x10\n\x08progress\x18\x02 \x01(\x04\x12\x13\n\x0b\x63pu_time_ns\x18\x03 \x01(\x04\x12\x14\n\x0cloaded_bytes\x18\x04 \x01(\x04\x12\x16\n\x0egrouped_matmul\x18\x05 \x01(\t\"K\n\x16RestartExecutorRequest\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\".\n\x17RestartExecutorResponse\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x32[\n\x0c\x46leetService\x12K\n\x08Register\x12\x1e.expertmesh.v1.RegisterRequest\x1a\x1f.expertmesh.v1.RegisterResponse2\xa2\x02\n\x13\x45xpertWorkerService\x12Y\n\x0cPrepareEpoch\x12\".expertmesh.v1.PrepareEpochRequest\x1a#.expertmesh.v1.PrepareEpochResponse0\x01\x12N\n\tHeartbeat\x12\x1f.expertmesh.v1.HeartbeatRequest\x1a .expertmesh.v1.HeartbeatResponse\x12`\n\x0fRestartExecutor\x12%.expertmesh.v1.RestartExecutorRequest\x1a&.expertmesh.v1.RestartExecutorResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,29 +36,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REGISTERRESPONSE']._serialized_start=166
   _globals['_REGISTERRESPONSE']._serialized_end=228
   _globals['_PREPAREEPOCHREQUEST']._serialized_start=231
-  _globals['_PREPAREEPOCHREQUEST']._serialized_end=458
-  _globals['_LAYEREXPERTS']._serialized_start=460
-  _globals['_LAYEREXPERTS']._serialized_end=512
-  _globals['_LINKADDRESS']._serialized_start=514
-  _globals['_LINKADDRESS']._serialized_end=608
-  _globals['_PREPAREEPOCHRESPONSE']._serialized_start=611
-  _globals['_PREPAREEPOCHRESPONSE']._serialized_end=772
-  _globals['_LOADPROGRESS']._serialized_start=774
-  _globals['_LOADPROGRESS']._serialized_end=831
-  _globals['_LOADED']._serialized_start=833
-  _globals['_LOADED']._serialized_end=863
-  _globals['_LINKED']._serialized_start=865
-  _globals['_LINKED']._serialized_end=873
-  _globals['_HEARTBEATREQUEST']._serialized_start=875
-  _globals['_HEARTBEATREQUEST']._serialized_end=928
-  _globals['_HEARTBEATRESPONSE']._serialized_start=931
-  _globals['_HEARTBEATRESPONSE']._serialized_end=1059
-  _globals['_RESTARTEXECUTORREQUEST']._serialized_start=1061
-  _globals['_RESTARTEXECUTORREQUEST']._serialized_end=1136
-  _globals['_RESTARTEXECUTORRESPONSE']._serialized_start=1138
-  _globals['_RESTARTEXECUTORRESPONSE']._serialized_end=1184
-  _globals['_FLEETSERVICE']._serialized_start=1186
-  _globals['_FLEETSERVICE']._serialized_end=1277
-  _globals['_EXPERTWORKERSERVICE']._serialized_start=1280
-  _globals['_EXPERTWORKERSERVICE']._serialized_end=1570
+  _globals['_PREPAREEPOCHREQUEST']._serialized_end=479
+  _globals['_LAYEREXPERTS']._serialized_start=481
+  _globals['_LAYEREXPERTS']._serialized_end=533
+  _globals['_LINKADDRESS']._serialized_start=535
+  _globals['_LINKADDRESS']._serialized_end=629
+  _globals['_PREPAREEPOCHRESPONSE']._serialized_start=632
+  _globals['_PREPAREEPOCHRESPONSE']._serialized_end=793
+  _globals['_LOADPROGRESS']._serialized_start=795
+  _globals['_LOADPROGRESS']._serialized_end=852
+  _globals['_LOADED']._serialized_start=854
+  _globals['_LOADED']._serialized_end=884
+  _globals['_LINKED']._serialized_start=886
+  _globals['_LINKED']._serialized_end=894
+  _globals['_HEARTBEATREQUEST']._serialized_start=896
+  _globals['_HEARTBEATREQUEST']._serialized_end=949
+  _globals['_HEARTBEATRESPONSE']._serialized_start=952
+  _globals['_HEARTBEATRESPONSE']._serialized_end=1080
+  _globals['_RESTARTEXECUTORREQUEST']._serialized_start=1082
+  _globals['_RESTARTEXECUTORREQUEST']._serialized_end=1157
+  _globals['_RESTARTEXECUTORRESPONSE']._serialized_start=1159
+  _globals['_RESTARTEXECUTORRESPONSE']._serialized_end=1205
+  _globals['_FLEETSERVICE']._serialized_start=1207
+  _globals['_FLEETSERVICE']._serialized_end=1298
+  _globals['_EXPERTWORKERSERVICE']._serialized_start=1301
+  _globals['_EXPERTWORKERSERVICE']._serialized_end=1591
 # @@protoc_insertion_point(module_scope)

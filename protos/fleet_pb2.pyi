@@ -101,6 +101,7 @@ class PrepareEpochRequest(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int
     LINK_FIELD_NUMBER: _builtins.int
+    INT8_LAYERS_FIELD_NUMBER: _builtins.int
     term: _builtins.int
     """The term the worker registered with."""
     incarnation: _builtins.int
@@ -123,6 +124,12 @@ class PrepareEpochRequest(_message.Message):
     def link(self) -> Global___LinkAddress:
         """Where the link to the router is agreed on."""
 
+    @_builtins.property
+    def int8_layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The MoE layers whose rows the router quantises before it sends them, at ep_level 2: those whose experts are all
+        int8 in the router's checkpoint. A worker whose checkpoint says otherwise refuses.
+        """
+
     def __init__(
         self,
         *,
@@ -135,10 +142,11 @@ class PrepareEpochRequest(_message.Message):
         dtype: _builtins.str = ...,
         layers: _abc.Iterable[Global___LayerExperts] | None = ...,
         link: Global___LinkAddress | None = ...,
+        int8_layers: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["link", b"link"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "ep_rank", b"ep_rank", "ep_size", b"ep_size", "epoch", b"epoch", "incarnation", b"incarnation", "layers", b"layers", "link", b"link", "model_path", b"model_path", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "ep_rank", b"ep_rank", "ep_size", b"ep_size", "epoch", b"epoch", "incarnation", b"incarnation", "int8_layers", b"int8_layers", "layers", b"layers", "link", b"link", "model_path", b"model_path", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -17,6 +17,7 @@ from common.errors import ConfigError
 from common.exchange.loopback import LoopbackExchange
 from common.exchange.routing import RowShape
 from common.model_config import ModelConfig
+from common.quantization.row_format import int8_layers
 from common.timeline import Timeline
 from router.connector import Connector
 from router.engine import Engine, Membership
@@ -112,11 +113,12 @@ def load(
         loads=ExpertLoads(config.n_routed_experts, config.moe_layer_ids),
         send=send,
     )
-    shape = RowShape(config.hidden_size, config.num_experts_per_tok, dtype)
+    in_int8 = int8_layers(Path(configure.model_path), config), model.kernels.quantize_rows
+    shape = RowShape(config.hidden_size, config.num_experts_per_tok, dtype, *in_int8)
     connector = None
     if address is None:
         progress.begin_part()
-        engine.adopt(_experts_in_process(configure, config, progress))
+        engine.adopt(_experts_in_process(configure, config, shape, progress))
     else:
         end = RouterEnd(shape, configure.term, tune.deadline_floor_s, ask_progress, timeline)
         connector = Connector(configure.exchange, address, end, deliver)
@@ -128,6 +130,7 @@ def load(
             max_seq_len=limits.max_seq_len,
             store_host=address.store.host if address else "",
             store_port=address.store.port if address else 0,
+            int8_layers=sorted(shape.int8_layers),
         )
     )
     return LoadedEngine(engine, connector, timeline)
@@ -175,10 +178,13 @@ def _open_address(configure: Configure) -> LinkAddress | None:
     return LinkAddress(store, configure.data_address, find_device(configure.device).collective)
 
 
-def _experts_in_process(configure: Configure, config: ModelConfig, progress: LoadingProgress) -> Membership:
+def _experts_in_process(
+    configure: Configure, config: ModelConfig, shape: RowShape, progress: LoadingProgress
+) -> Membership:
     """Epoch 1 of a fleet that is this process: the one place where the two roles meet."""
     experts = {layer_id: tuple(range(config.n_routed_experts)) for layer_id in config.moe_layer_ids}
     open_experts = import_module("expert_worker.in_process").open_experts
     compute = open_experts(Path(configure.model_path), configure.dtype, configure.device, experts, progress)
+    exchange = LoopbackExchange(compute, experts, shape.int8_layers, shape.quantize_rows)
     # Nobody is waited for here: there is no deadline to set.
-    return Membership(1, LoopbackExchange(compute, experts), 1, list, lambda _: None)
+    return Membership(1, exchange, 1, list, lambda _: None)

@@ -163,6 +163,7 @@ class Loaded:
 
     Attributes:
         store_host, store_port: where expert workers agree on their links.
+        int8_layers: the layers whose rows leave in int8 at ep_level 2.
     """
 
     loaded_bytes: int
@@ -171,6 +172,7 @@ class Loaded:
     max_seq_len: int
     store_host: str
     store_port: int
+    int8_layers: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,8 @@ from router.messages import (
 SLOW, DIES, LOSES, SILENT = 1, 2, 3, 4
 AGREES_AND_DIES, DIES_WHEN_ASKED, NEVER_AGREES, REFUSES = 5, 6, 7, 8
 """Values of micro_batches."""
+INT8_LAYERS = [1]
+"""What it says of its checkpoint."""
 
 
 def token_at(prompt: list[int], index: int) -> int:
@@ -76,7 +78,7 @@ class FakeEngine:
             case Configure():
                 send(Loading(1, 2))
                 max_seq_len = message.max_seq_len or 64
-                send(Loaded(2, 8, message.block_size, max_seq_len, "127.0.0.1", 1))
+                send(Loaded(2, 8, message.block_size, max_seq_len, "127.0.0.1", 1, INT8_LAYERS))
                 self.put_in_force(Tune(**message.tune))
             case Connect():
                 self.epoch = message.epoch

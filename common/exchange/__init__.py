@@ -103,7 +103,8 @@ class Received:
         layer_id: the MoE layer.
         micro_batch: which part of the step.
         round: 0, or more where the rows did not fit one buffer.
-        rows: [R, D] in the model's dtype, sorted by local expert.
+        rows: [R, D] in the model's dtype, or int8, sorted by local expert.
+        row_scales: [R] float32 where rows are int8 and stand for rows * row_scales, else None.
         tokens_per_expert: [E_local] int64 on the CPU; sums to R. May hold zeros, and R may be 0.
         is_grouped: as in the step's header.
     """
@@ -116,6 +117,7 @@ class Received:
     micro_batch: int
     round: int
     rows: Tensor
+    row_scales: Tensor | None
     tokens_per_expert: Tensor
     is_grouped: bool = True
     handle: object = field(default=None, repr=False)
@@ -142,6 +144,9 @@ class RouterExchange(Protocol):
         self, layer_id: int, micro_batch: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
     ) -> Dispatched:
         """Send rows to the experts and return at once.
+
+        At ALL_TO_ALL, rows of a layer whose experts are all W8A8 are quantised before they leave, once per
+        token: what the experts would do with each of them.
 
         Args:
             layer_id: the MoE layer.
@@ -178,7 +183,7 @@ class ExpertExchange(Protocol):
         """Send the experts' output home, in any order.
 
         Args:
-            output: [R, D], row i belongs to row i of `received.rows`.
+            output: [R, D] in floating point, row i belongs to row i of `received.rows`.
             received: what `receive` returned; its buffer is reused afterwards.
         """
 

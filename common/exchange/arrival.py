@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from common.errors import MessageError
@@ -22,12 +23,14 @@ class Arrival:
     Attributes:
         header: what the router said of them.
         rows: [R, D] that travelled at ep_level 2.
+        row_scales: [R] float32 of these where they are int8.
         tokens_per_expert: [E_local] of these.
         passes: ep_level 1: all tokens, of which rows are expanded pass by pass.
     """
 
     header: wire.Header
     rows: Tensor | None
+    row_scales: Tensor | None
     tokens_per_expert: Tensor | None
     passes: TokenPasses | None
     received_ns: int
@@ -54,14 +57,18 @@ class Arrival:
             header.micro_batch,
             header.round,
             rows,
+            self.row_scales,
             counts,
             is_grouped,
             self,
         )
         return self.due
 
-    def take(self, output: Tensor, received: Received) -> Tensor | None:
-        """Take the experts' output [R, D]; the body of the reply, or None where another pass is due."""
+    def take(self, output: Tensor, received: Received, dtype: torch.dtype) -> Tensor | None:
+        """Take the experts' output [R, D]; the body of the reply, or None where another pass is due.
+
+        Rows go home in `dtype`, which is the model's.
+        """
         if received is not self.due or output.shape != received.rows.shape:
             raise MessageError(
                 f"output {tuple(output.shape)} must answer the rows {tuple(received.rows.shape)} that are due"
@@ -69,8 +76,8 @@ class Arrival:
         self.due = None
         header = self.header
         if self.passes is None:
-            body = output.to(received.rows.dtype)
-        elif self.passes.take(output.to(received.rows.dtype)):
+            body = output.to(dtype)
+        elif self.passes.take(output.to(dtype)):
             body, header.rounds = self.passes.total, self.passes.num_passes
         else:
             return None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from common.errors import MessageError
 from common.exchange import ALL_GATHER, ALL_TO_ALL, StepHeader, wire
+from common.exchange.routing import RowShape
 
 
 def check_origin(header: wire.Header, term: int, epoch: int, incarnation: int) -> None:
@@ -40,14 +41,23 @@ def check_step(header: wire.Header, previous: StepHeader | None) -> StepHeader:
     )
 
 
-def check_rows(header: wire.Header, step: StepHeader | None, experts: Mapping[int, tuple[int, ...]]) -> None:
-    """Refuse ROWS that do not belong to the step that was announced."""
+def check_rows(
+    header: wire.Header, step: StepHeader | None, experts: Mapping[int, tuple[int, ...]], shape: RowShape
+) -> None:
+    """Refuse ROWS that do not belong to the step that was announced, or are not what the experts take."""
     if step is None or header.step_id != step.step_id or header.ep_level != step.ep_level:
         raise MessageError(f"rows of step {header.step_id} came outside of that step")
     if header.layer_id not in experts or not 0 <= header.micro_batch < step.micro_batches:
         raise MessageError(f"no rows belong to layer {header.layer_id}, micro-batch {header.micro_batch}")
     if header.num_tokens > step.num_tokens:
         raise MessageError(f"{header.num_tokens} tokens came in a step of {step.num_tokens}")
+    takes_int8 = header.ep_level == ALL_TO_ALL and header.layer_id in shape.int8_layers
+    if bool(header.is_int8) != takes_int8:
+        forms = {False: str(shape.dtype).removeprefix("torch."), True: "int8"}
+        raise MessageError(
+            f"rows of layer {header.layer_id} came in {forms[not takes_int8]}, but its experts here take "
+            f"{forms[takes_int8]}: give router and expert workers the same checkpoint"
+        )
 
 
 def check_slot_keys(slot_keys: Tensor) -> None:

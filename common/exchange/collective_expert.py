@@ -106,12 +106,12 @@ class CollectiveExpertExchange:
         arrival = received.handle
         if not isinstance(arrival, _Arrival):
             raise MessageError("these rows were not received by this exchange")
-        num_words = message.reply_words(arrival.header, _router_of(arrival).shape)
-        body = arrival.take(output, received)
+        router = _router_of(arrival)
+        num_words = message.reply_words(arrival.header, router.shape)
+        body = arrival.take(output, received, router.shape.dtype)
         if body is None:
             self._arrivals.put_back(arrival)
             return
-        router = _router_of(arrival)
         reply = torch.empty(num_words, dtype=torch.int64, device=router.group.device)
         wire.pack(reply.view(torch.uint8), arrival.header, body)
         with router.lock:
@@ -185,21 +185,22 @@ def _router_of(arrival: _Arrival) -> _Router:
 
 def _receive_body(router: _Router, header: wire.Header, counts: Tensor) -> _Arrival:
     shape, device, step = router.shape, router.group.device, router.step
-    checks.check_rows(header, step, router.experts)
+    checks.check_rows(header, step, router.experts, shape)
     num_local = len(router.experts[header.layer_id])
     message.check_body(header, counts, num_local, shape, router.capacity)
-    if header.ep_level != ALL_GATHER:
-        rows = torch.empty(header.num_rows, shape.hidden_size, dtype=shape.dtype, device=device)
-        router.group.dispatch.receive(rows).wait()
-        return _Arrival(header, rows, counts[:num_local], None, time.monotonic_ns(), router=router)
     body = torch.empty(header.capacity_bytes, dtype=torch.uint8, device=device)
+    if header.ep_level != ALL_GATHER:
+        router.group.dispatch.receive(body).wait()
+        *scales, rows = wire.view_arrays(body, *shape.sent_layout(header.layer_id, header.num_rows))
+        row_scales, counts = scales[0] if scales else None, counts[:num_local]
+        return _Arrival(header, rows, row_scales, counts, None, time.monotonic_ns(), router=router)
     router.group.dispatch.broadcast(body).wait()
     received_ns = time.monotonic_ns()
     keys, weights, hidden_states = message.unpack_tokens(body, header.num_tokens, shape)
     checks.check_slot_keys(keys)
     pass_rows = step.pass_rows if step is not None else 0
     passes = TokenPasses(hidden_states, keys, weights, header.first_key, num_local, pass_rows)
-    return _Arrival(header, None, None, passes, received_ns, router=router)
+    return _Arrival(header, None, None, None, passes, received_ns, router=router)
 
 
 def _send_answered(router: _Router) -> None:

@@ -6,7 +6,7 @@ compares. Shapes: T tokens, K experts per token, R rows, D hidden_size, M most e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -59,16 +59,21 @@ def unpack_metadata(words: Tensor) -> tuple[wire.Header, Tensor]:
     return header, counts
 
 
-def body_bytes(ep_level: int, num_tokens: int, num_rows: int, shape: RowShape) -> int:
-    """Length of what a worker takes after the metadata: all tokens at level 1, its rows at level 2."""
+def body_bytes(
+    ep_level: int, layer_ids: Iterable[int], num_tokens: int, num_rows: int, shape: RowShape
+) -> int:
+    """Length of what a worker takes after the metadata: all tokens at level 1, its rows at level 2.
+
+    Of several layers, that of the layer that has most.
+    """
     if ep_level == ALL_GATHER:
         return num_tokens * (12 * shape.num_experts_per_tok + shape.row_bytes)
-    return num_rows * shape.row_bytes
+    return shape.sent_bytes(layer_ids, num_rows)
 
 
 def pack_tokens(slot_keys: Tensor, topk_weights: Tensor, hidden_states: Tensor, shape: RowShape) -> Tensor:
     """The body at level 1: slot keys [T, K], weights [T, K] and rows [T, D] in one flat uint8 tensor."""
-    length = body_bytes(ALL_GATHER, hidden_states.shape[0], 0, shape)
+    length = body_bytes(ALL_GATHER, (), hidden_states.shape[0], 0, shape)
     buffer = torch.empty(length, dtype=torch.uint8, device=hidden_states.device)
     wire.write_arrays(buffer, slot_keys, topk_weights, hidden_states)
     return buffer
@@ -87,7 +92,7 @@ def check_body(header: wire.Header, counts: Tensor, num_local: int, shape: RowSh
     """Refuse a body of another length than its receiver would take. Raises MessageError."""
     if header.ep_level != ALL_GATHER:
         checks.check_counts(counts[:num_local], header.num_rows)
-    length = body_bytes(header.ep_level, header.num_tokens, header.num_rows, shape)
+    length = body_bytes(header.ep_level, [header.layer_id], header.num_tokens, header.num_rows, shape)
     if header.capacity_bytes != length or length > limit:
         raise MessageError(
             f"a body of {header.capacity_bytes} bytes was announced: it should have {length}, at most {limit}"

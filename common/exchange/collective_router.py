@@ -24,8 +24,10 @@ from common.exchange import ALL_GATHER, Dispatched, Extra, RowOrigins, StepHeade
 from common.exchange import collective_message as message
 from common.exchange.collective_group import CollectiveGroup, PendingCollective
 from common.exchange.deadline import CEILING_S, Deadline
+from common.exchange.reply_spans import add_reply_spans
 from common.exchange.rounds import cut_rounds
 from common.exchange.routing import RowShape, SortedRows, sort_rows, sum_partials, weighted_sum
+from common.exchange.sent_rows import gather_rows
 from common.exchange.silent_worker import Verdict, inquire
 from common.exchange.slot_tables import SlotTables, buffer_rows, count_extra_rounds, message_rows
 from common.placement import Placement
@@ -137,8 +139,8 @@ class CollectiveRouterExchange:
         self._slots.begin(origins)
         top_k, tokens = self._shape.num_experts_per_tok, wire.size_class(header.num_tokens)
         self._message_rows = message_rows(header, top_k)
-        most_rows = buffer_rows(header, top_k)
-        capacity = wire.HEADER_BYTES + message.body_bytes(header.ep_level, tokens, most_rows, self._shape)
+        sizes = (self._slots.tables, tokens, buffer_rows(header, top_k), self._shape)
+        capacity = wire.HEADER_BYTES + message.body_bytes(header.ep_level, *sizes)
         self._times = [[0.0, 0.0, 0.0] for _ in self._names]
         headers = [self._header(wire.STEP, ep_rank, header) for ep_rank in range(len(self._names))]
         for one in headers:
@@ -238,19 +240,21 @@ class CollectiveRouterExchange:
         table = self._slots.table(flight.layer_id)
         sorted_rows = sort_rows(slot_keys, table)
         count_extra_rounds(self.extra, step, sorted_rows)
-        rows = hidden_states[sorted_rows.token_of].to(self._group.device)
-        flight.sorted_rows, flight.output = sorted_rows, torch.empty_like(rows)
+        quantizer = self._shape.quantizer(flight.layer_id)
+        sent = gather_rows(hidden_states, sorted_rows.token_of, quantizer).to(self._group.device)
+        flight.sorted_rows = sorted_rows
+        flight.output = sent.rows.new_empty(sent.rows.shape, dtype=self._shape.dtype)
         rounds = cut_rounds(sorted_rows, self._message_rows)
         for index, one in enumerate(rounds):
-            splits = [end - begin for begin, end in one.parts]
             headers = self._rows_headers(step, flight)
-            for header, num_rows, num_local in zip(headers, splits, table.num_local, strict=True):
+            for header, (begin, end), num_local in zip(headers, one.parts, table.num_local, strict=True):
                 header.round, header.rounds = index, len(rounds)
-                header.num_rows, header.num_experts = num_rows, num_local
-                header.capacity_bytes = message.body_bytes(step.ep_level, 0, num_rows, self._shape)
+                header.num_rows, header.num_experts = end - begin, num_local
+                header.is_int8 = int(sent.scales is not None)
+                header.capacity_bytes = self._shape.sent_bytes([flight.layer_id], end - begin)
             self._send_metadata(headers, one.counts)
-            sent = rows if len(rounds) == 1 else torch.cat([rows[begin:end] for begin, end in one.parts])
-            self._sends.append(self._group.dispatch.scatter(sent, splits))
+            splits = [header.capacity_bytes for header in headers]
+            self._sends.append(self._group.dispatch.scatter(sent.body(one.parts), splits))
             self._expect(flight, headers, [begin for begin, _ in one.parts])
 
     def _send_metadata(self, headers: list[wire.Header], counts: Tensor | None) -> None:
@@ -312,9 +316,7 @@ class CollectiveRouterExchange:
         times[0] += (header.compute_start_ns - header.received_ns) / 1e9
         times[1] += (header.compute_end_ns - header.compute_start_ns) / 1e9
         times[2] += max(arrived_ns - request.posted_ns - at_worker_ns, 0) / 1e9
-        if self._timeline is not None:
-            span = (header.compute_start_ns, header.compute_end_ns, self._names[ep_rank])
-            self._timeline.add("experts", *span, layer_id=header.layer_id, rows=sent.num_rows)
+        add_reply_spans(self._timeline, self._names[ep_rank], header, sent.num_rows)
 
     def _extend(self) -> None:
         self._deadline.extend(sum(request.most_rows for request in self._requests))

@@ -106,11 +106,11 @@ class LinksExpertExchange:
         arrival = received.handle
         if not isinstance(arrival, _Arrival):
             raise MessageError("these rows were not received by this exchange")
-        body = arrival.take(output, received)
+        router = _router_of(arrival)
+        body = arrival.take(output, received, router.shape.dtype)
         if body is None:
             self._arrivals.put_back(arrival)
             return
-        router = _router_of(arrival)
         buffer = torch.empty(wire.total_bytes(body), dtype=torch.uint8)
         message = wire.pack(buffer, arrival.header, body)
         with router.lock:
@@ -196,13 +196,14 @@ def _give_back(router: _Router, buffer: Tensor | None) -> None:
 
 def _rows_of(router: _Router, header: wire.Header, buffer: Tensor, received_ns: int) -> _Arrival:
     shape, step = router.shape, router.step
-    checks.check_rows(header, step, router.experts)
+    checks.check_rows(header, step, router.experts, shape)
     num_local = len(router.experts[header.layer_id])
     if header.ep_level != ALL_GATHER:
-        layout = (((num_local,), torch.int64), ((header.num_rows, shape.hidden_size), shape.dtype))
-        counts, rows = wire.unpack(buffer, header, *layout)
+        layout = shape.sent_layout(header.layer_id, header.num_rows)
+        counts, *scales, rows = wire.unpack(buffer, header, ((num_local,), torch.int64), *layout)
         checks.check_counts(counts, header.num_rows)
-        return _Arrival(header, rows, counts, None, received_ns, router=router, buffer=buffer)
+        row_scales = scales[0] if scales else None
+        return _Arrival(header, rows, row_scales, counts, None, received_ns, router=router, buffer=buffer)
     slots = (header.num_tokens, shape.num_experts_per_tok)
     hidden_shape = (header.num_tokens, shape.hidden_size)
     keys, weights, hidden_states = wire.unpack(
@@ -211,7 +212,7 @@ def _rows_of(router: _Router, header: wire.Header, buffer: Tensor, received_ns: 
     checks.check_slot_keys(keys)
     pass_rows = step.pass_rows if step is not None else 0
     passes = TokenPasses(hidden_states, keys, weights, header.first_key, num_local, pass_rows)
-    return _Arrival(header, None, None, passes, received_ns, router=router, buffer=buffer)
+    return _Arrival(header, None, None, None, passes, received_ns, router=router, buffer=buffer)
 
 
 def _drop(router: _Router, says_goodbye: bool) -> None:

@@ -21,7 +21,9 @@ from common.errors import LinkError, MessageError, WorkerLost
 from common.exchange import ALL_GATHER, Dispatched, Extra, RowOrigins, StepHeader, wire
 from common.exchange.deadline import CEILING_S, Deadline
 from common.exchange.links_expert import say_goodbye
+from common.exchange.reply_spans import add_reply_spans
 from common.exchange.routing import RowShape, SortedRows, sort_rows, sum_partials, weighted_sum
+from common.exchange.sent_rows import SentRows, gather_rows
 from common.exchange.slot_tables import SlotTables, buffer_rows, count_extra_rounds, message_rows
 from common.placement import Placement
 from common.process_group import PairLink, PendingTransfer, release
@@ -150,10 +152,10 @@ class LinksRouterExchange:
             sorted_rows = sort_rows(keys, table)
             count_extra_rounds(self.extra, self._step, sorted_rows)
             flight.sorted_rows = sorted_rows
-            rows = hidden_states[sorted_rows.token_of]
-            flight.output = torch.empty_like(rows)
+            sent = gather_rows(hidden_states, sorted_rows.token_of, self._shape.quantizer(layer_id))
+            flight.output = sent.rows.new_empty(sent.rows.shape, dtype=self._shape.dtype)
             for worker in self._workers:
-                self._dispatch_rows(worker, flight, sorted_rows, rows)
+                self._dispatch_rows(worker, flight, sorted_rows, sent)
         self._record("dispatch", start_ns, "router", layer_id)
         return flight
 
@@ -203,7 +205,7 @@ class LinksRouterExchange:
         return self._step.epoch if self._step is not None else 0
 
     def _dispatch_rows(
-        self, worker: _Worker, flight: _InFlight, sorted_rows: SortedRows, rows: Tensor
+        self, worker: _Worker, flight: _InFlight, sorted_rows: SortedRows, sent: SentRows
     ) -> None:
         first, end = sorted_rows.span(worker.ep_rank)
         num_local = self._slots.table(flight.layer_id).num_local[worker.ep_rank]
@@ -216,15 +218,17 @@ class LinksRouterExchange:
             header = self._header(worker, wire.ROWS, flight.layer_id, flight.micro_batch, flight.num_tokens)
             header.round, header.rounds = index, rounds
             header.num_rows, header.num_experts = high - low, num_local
+            header.is_int8 = int(sent.scales is not None)
             request = _Request(flight, header, first + low, high - low, time.monotonic_ns())
             self._request(worker, request, wire.HEADER_BYTES + (high - low) * self._shape.row_bytes)
-            self._send(worker, header, (counts, rows[first + low : first + high]), "dispatch")
+            self._send(worker, header, (counts, *sent.arrays(first + low, first + high)), "dispatch")
 
     def _bytes_of_class(self, step: StepHeader) -> int:
-        top_k, row_bytes = self._shape.num_experts_per_tok, self._shape.row_bytes
+        top_k, shape = self._shape.num_experts_per_tok, self._shape
         if step.ep_level == ALL_GATHER:
-            return wire.HEADER_BYTES + wire.size_class(step.num_tokens) * (top_k * 12 + row_bytes)
-        return wire.HEADER_BYTES + 8 * self._slots.most_local + buffer_rows(step, top_k) * row_bytes
+            return wire.HEADER_BYTES + wire.size_class(step.num_tokens) * (top_k * 12 + shape.row_bytes)
+        rows = shape.sent_bytes(self._slots.tables, buffer_rows(step, top_k))
+        return wire.HEADER_BYTES + 8 * self._slots.most_local + rows
 
     def _header(
         self, worker: _Worker, kind: int, layer_id: int, micro_batch: int, num_tokens: int
@@ -302,15 +306,7 @@ class LinksRouterExchange:
         worker.times[0] += (header.compute_start_ns - header.received_ns) / 1e9
         worker.times[1] += (header.compute_end_ns - header.compute_start_ns) / 1e9
         worker.times[2] += max(arrived_ns - request.posted_ns - at_worker_ns, 0) / 1e9
-        if self._timeline is not None:
-            self._timeline.add(
-                "experts",
-                header.compute_start_ns,
-                header.compute_end_ns,
-                worker.name,
-                layer_id=header.layer_id,
-                rows=request.num_rows,
-            )
+        add_reply_spans(self._timeline, worker.name, header, request.num_rows)
         worker.progress = None
         if worker.requests:
             self._extend(worker)

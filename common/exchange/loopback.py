@@ -10,9 +10,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from common import int8_rows
 from common.errors import LinkError
 from common.exchange import Dispatched, Extra, RowOrigins, StepHeader
 from common.exchange.routing import SortedRows, layer_table, place_slots, sort_rows, weighted_sum
+from common.exchange.sent_rows import QuantizeRows, gather_rows
+
+Compute = Callable[[int, Tensor, Tensor | None, Tensor, bool], Tensor]
+"""(layer_id, rows [R, D], row_scales [R], tokens_per_expert [E_local], is_grouped) -> [R, D]."""
 
 
 @dataclass(slots=True)
@@ -29,14 +34,24 @@ class LoopbackExchange:
 
     def __init__(
         self,
-        compute: Callable[[int, Tensor, Tensor, bool], Tensor],
+        compute: Compute,
         experts: Mapping[int, tuple[int, ...]],
+        int8_layers: frozenset[int] = frozenset(),
+        quantize_rows: QuantizeRows = int8_rows.quantize_rows,
     ) -> None:
-        """Use `compute(layer_id, rows [R, D], tokens_per_expert [E_local], is_grouped) -> [R, D]`."""
+        """Keep everything here.
+
+        Args:
+            compute: the experts.
+            experts: layer_id -> checkpoint indices, in local order.
+            int8_layers: layers whose experts are given int8 rows and scales.
+            quantize_rows: makes these, once per token.
+        """
         self.extra = Extra()
         self._compute = compute
         self._tables = {layer_id: layer_table([own]) for layer_id, own in experts.items()}
         self._num_local = {layer_id: len(own) for layer_id, own in experts.items()}
+        self._int8_layers, self._quantize_rows = int8_layers, quantize_rows
         self._is_grouped = True
         self._is_closed = False
 
@@ -62,9 +77,11 @@ class LoopbackExchange:
         if not isinstance(dispatched, _Waiting):
             raise LinkError("these rows were dispatched by another exchange: combine them there")
         sorted_rows = dispatched.sorted_rows
-        rows = dispatched.hidden_states[sorted_rows.token_of]
-        counts = sorted_rows.counts[0, : self._num_local[dispatched.layer_id]]
-        output = self._compute(dispatched.layer_id, rows, counts, self._is_grouped)
+        layer_id = dispatched.layer_id
+        quantize = self._quantize_rows if layer_id in self._int8_layers else None
+        sent = gather_rows(dispatched.hidden_states, sorted_rows.token_of, quantize)
+        counts = sorted_rows.counts[0, : self._num_local[layer_id]]
+        output = self._compute(layer_id, sent.rows, sent.scales, counts, self._is_grouped)
         return weighted_sum(output, sorted_rows.position_of, dispatched.topk_weights)
 
     def close(self) -> None:

@@ -6,15 +6,21 @@ Shapes: T tokens, K experts per token, R rows, D hidden_size, E experts, W worke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from common import int8_rows
 from common.errors import MessageError
+from common.exchange.sent_rows import QuantizeRows
 from common.native_floats import NativeFloats, installed
 from common.replica_choice import replica_of
+
+Layout = tuple[tuple[tuple[int, ...], torch.dtype], ...]
+"""Shape and dtype of the arrays of a message, one after another."""
 
 BLOCK_TOKENS = 2048
 """Tokens that are summed up at a time: what lies between their rows and their sums stays in the cache."""
@@ -22,16 +28,43 @@ BLOCK_TOKENS = 2048
 
 @dataclass(frozen=True, slots=True)
 class RowShape:
-    """What a row is: its length D, how many experts K a token has, and the model's dtype."""
+    """What a row is: its length D, how many experts K a token has, and the model's dtype.
+
+    Attributes:
+        int8_layers: layers whose rows go to the experts as int8 with a float32 scale each at ep_level 2. All
+            else is in the model's dtype: other layers, ep_level 1, and what comes home.
+        quantize_rows: what the router makes these with, on the device it computes on.
+    """
 
     hidden_size: int
     num_experts_per_tok: int
     dtype: torch.dtype
+    int8_layers: frozenset[int] = frozenset()
+    quantize_rows: QuantizeRows = int8_rows.quantize_rows
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row."""
+        """Bytes of one row in the model's dtype."""
         return self.hidden_size * self.dtype.itemsize
+
+    def quantizer(self, layer_id: int) -> QuantizeRows | None:
+        """What rows of a layer go through before they leave at ep_level 2; None where they go as they are."""
+        return self.quantize_rows if layer_id in self.int8_layers else None
+
+    def sent_layout(self, layer_id: int, num_rows: int) -> Layout:
+        """The arrays that bring rows to the experts of a layer at ep_level 2."""
+        rows = (num_rows, self.hidden_size)
+        if layer_id not in self.int8_layers:
+            return ((rows, self.dtype),)
+        return ((num_rows,), torch.float32), (rows, torch.int8)
+
+    def sent_bytes(self, layer_ids: Iterable[int], num_rows: int) -> int:
+        """Bytes of that in the layer that has most."""
+        lengths = (
+            sum(math.prod(sizes) * dtype.itemsize for sizes, dtype in self.sent_layout(layer_id, num_rows))
+            for layer_id in layer_ids
+        )
+        return max(lengths, default=0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ class Header:
     """The fixed part of every message; one int64 each, in this order. GOODBYE ends a link from either side.
 
     `pass_rows` and `is_grouped` are a StepHeader's; `first_key` (ROWS, level 1) is the slot key of the
-    worker's first expert.
+    worker's first expert; `is_int8` (ROWS, level 2) says that rows are int8 and have scales.
     `capacity_bytes` (STEP) bounds every later message of the step; in a collective's ROWS it is the length of
     the collective that follows. Stamps (REPLY) are the worker's clock.
     """
@@ -50,6 +50,7 @@ class Header:
     pass_rows: int = 0
     first_key: int = 0
     is_grouped: int = 1
+    is_int8: int = 0
     received_ns: int = 0
     compute_start_ns: int = 0
     compute_end_ns: int = 0

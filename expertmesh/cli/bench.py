@@ -87,5 +87,9 @@ def _print(summary: TraceSummary, kept: Path | None) -> None:
         "computed too",
         markup=False,
     )
+    console.print(
+        f"{summary.arrived_meanwhile:.0%} of the messages arrived while their worker computed others",
+        markup=False,
+    )
     if kept is not None:
         console.print(f"{kept}: open it in a trace viewer (Perfetto, chrome://tracing)", markup=False)

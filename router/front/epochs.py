@@ -165,6 +165,7 @@ class Epochs:
                 self._request(
                     epoch,
                     worker,
+                    loaded.int8_layers,
                     pb.LinkAddress(
                         host=loaded.store_host,
                         port=loaded.store_port,
@@ -209,7 +210,9 @@ class Epochs:
                 f"links were not up after {ENGINE_LINK_TIMEOUT_S + 5.0} s; not linked: {late or 'the engine'}"
             ) from None
 
-    def _request(self, epoch: int, worker: Worker, link: pb.LinkAddress) -> pb.PrepareEpochRequest:
+    def _request(
+        self, epoch: int, worker: Worker, int8_layers: list[int], link: pb.LinkAddress
+    ) -> pb.PrepareEpochRequest:
         experts = self._facts.placement.experts_of(worker.ep_rank)
         return pb.PrepareEpochRequest(
             term=self._facts.term,
@@ -222,6 +225,7 @@ class Epochs:
             layers=[
                 pb.LayerExperts(layer_id=layer_id, expert_ids=owned) for layer_id, owned in experts.items()
             ],
+            int8_layers=int8_layers,
             link=link,
         )
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from common.errors import CheckpointError
 from common.model_config import ModelConfig
 from common.quantization.description import FLOAT, W8A8, W8A8_DYNAMIC
+from common.quantization.row_format import int8_layers
 from common.quantization.w8a8 import decode_deq_scale, quantize_channels, read_dynamic, read_static
 from common.stored_weights import StoredWeights
 from tests.quantized_checkpoint import INPUT_OFFSET, INPUT_SCALE, read_tensors, write_w8a8
@@ -158,6 +159,18 @@ def test_a_type_that_is_not_supported_or_not_given_is_named_with_the_description
         opened(checkpoint).type_of(DYNAMIC)
     with pytest.raises(CheckpointError, match=r"_dynamic\.json says nothing about model\.layers\.0\.new"):
         opened(checkpoint).type_of("model.layers.0.new")
+
+
+def test_rows_go_to_the_experts_in_int8_only_where_all_experts_of_the_layer_are_dynamic_int8(
+    floats: Path, checkpoint: Path
+) -> None:
+    config = ModelConfig.from_directory(checkpoint)
+    assert int8_layers(floats, config) == set()
+    assert int8_layers(checkpoint, config) == set(config.moe_layer_ids) == {1}
+    last = f"model.layers.1.mlp.experts.{config.n_routed_experts - 1}"
+    for kind in (FLOAT, W8A8):
+        edit_description(checkpoint, **{f"{last}.up_proj.weight": kind})
+        assert int8_layers(checkpoint, config) == set()
 
 
 def test_two_descriptions_or_two_indexes_are_refused(checkpoint: Path) -> None:

@@ -33,8 +33,12 @@ def expert_output(rows: Tensor, expert: int) -> Tensor:
     return (rows.float() * (1.0 + 0.37 * expert) + 0.01 * expert).to(rows.dtype)
 
 
-def compute(experts: tuple[int, ...], received_rows: Tensor, counts: Tensor) -> Tensor:
-    """Run each local expert over its rows."""
+def compute(
+    experts: tuple[int, ...], received_rows: Tensor, counts: Tensor, row_scales: Tensor | None = None
+) -> Tensor:
+    """Run each local expert over its rows; int8 rows stand for rows * row_scales."""
+    if row_scales is not None:
+        received_rows = received_rows.float() * row_scales.unsqueeze(1)
     parts = received_rows.split(counts.tolist())
     outputs = [expert_output(part, expert) for part, expert in zip(parts, experts, strict=True)]
     return torch.cat(outputs) if outputs else received_rows
@@ -76,7 +80,8 @@ def join_routers(
 
     def outputs(received: Received) -> Tensor:
         time.sleep(delay_s)
-        return compute(experts[received.layer_id], received.rows, received.tokens_per_expert)
+        own, counts = experts[received.layer_id], received.tokens_per_expert
+        return compute(own, received.rows, counts, received.row_scales)
 
     for number, store in enumerate(stores):
         add_router(exchange, store, rank, placement, shape, TERM + number)
@@ -88,7 +93,8 @@ def worker_process(spec_text: str) -> None:
     spec = json.loads(spec_text)
     torch.set_num_threads(1)
     placement = Placement({int(layer): tuple(map(tuple, own)) for layer, own in spec["layers"].items()})
-    shape = RowShape(spec["hidden_size"], spec["top_k"], torch.float32)
+    dtype, int8_layers = getattr(torch, spec["dtype"]), frozenset(spec["int8_layers"])
+    shape = RowShape(spec["hidden_size"], spec["top_k"], dtype, int8_layers)
     stores = [StoreServer(HOST, port, None) for port in spec["ports"]]  # type: ignore[arg-type]
     exchange, outputs = join_routers(
         stores,
@@ -119,6 +125,8 @@ def start_worker(
         "kind": kind,
         "hidden_size": shape.hidden_size,
         "top_k": shape.num_experts_per_tok,
+        "dtype": str(shape.dtype).removeprefix("torch."),
+        "int8_layers": list(shape.int8_layers),
     }
     return subprocess.Popen([sys.executable, "-m", __name__, json.dumps(spec)])
 

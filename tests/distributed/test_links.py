@@ -68,7 +68,7 @@ def test_two_routers_run_at_their_own_pace_while_one_of_them_is_idle(kind: str) 
 def test_loopback_gives_the_bits_of_a_naive_loop(num_tokens: int) -> None:
     experts = {LAYER: tuple(range(E))}
     loopback = LoopbackExchange(
-        lambda layer, rows, counts, _: fleet.compute(experts[layer], rows, counts),
+        lambda layer, rows, scales, counts, _: fleet.compute(experts[layer], rows, counts),
         experts,
     )
     given = inputs(num_tokens, torch.float32)

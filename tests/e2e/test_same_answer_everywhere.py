@@ -90,11 +90,21 @@ def test_a_v2_checkpoint_answers_the_same_in_one_process_and_with_two_workers(v2
 
 
 @pytest.mark.e2e
+@pytest.mark.parametrize("model", ["v3_model", "w8a8_model"])
 def test_bench_exchange_traces_a_real_step_in_which_router_and_workers_compute_at_the_same_time(
-    v3_model: Path, tmp_path: Path
+    model: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     file = tmp_path / "trace.json"
-    flags = ("--model", str(v3_model), "--micro-batches", "2", "--prompt-tokens", "400", "--chunk-rows", "64")
+    flags = (
+        "--model",
+        str(request.getfixturevalue(model)),
+        "--micro-batches",
+        "2",
+        "--prompt-tokens",
+        "400",
+        "--chunk-rows",
+        "64",
+    )
     done = subprocess.run(
         command("bench", "exchange", *flags, "--max-tokens", "4", "--trace", str(file), "--json"),
         capture_output=True,
@@ -108,14 +118,37 @@ def test_bench_exchange_traces_a_real_step_in_which_router_and_workers_compute_a
     assert summary["counts"]["shared_experts"] == 3 * (2 + 3)
     assert summary["counts"]["experts"] > summary["counts"]["dispatch"]  # chunks
     assert summary["overlap"] > 0
+    assert summary["arrived_meanwhile"] > 0
+
+
+QUANTISED: dict[str, tuple[int, dict[str, str]]] = {
+    "AllGather": (1, {}),
+    "AllToAll": (2, {}),
+    "collective, AllToAll": (2, {"EXPERTMESH_EXCHANGE": "collective"}),
+    "micro-batches": (2, {"EXPERTMESH_MICRO_BATCHES": "3", "EXPERTMESH_CHUNK_ROWS": "4"}),
+}
+
+
+@pytest.fixture(scope="module")
+def w8a8_model(v3_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("quantised") / "w8a8"
+    assert quantize_main([str(v3_model), str(directory)]) == 0
+    return directory
+
+
+@pytest.fixture(scope="module")
+def w8a8_answers(w8a8_model: Path) -> list[tuple[object, ...]]:
+    with fleet_of(w8a8_model, "--expert-workers", "0") as fleet:
+        return answers(fleet)
 
 
 @pytest.mark.e2e
+@pytest.mark.parametrize("variant", QUANTISED)
 def test_a_checkpoint_that_was_quantised_answers_the_same_in_one_process_and_with_three_workers(
-    v3_model: Path, tmp_path: Path
+    w8a8_model: Path, w8a8_answers: list[tuple[object, ...]], variant: str
 ) -> None:
-    assert quantize_main([str(v3_model), str(tmp_path / "w8a8")]) == 0
-    with fleet_of(tmp_path / "w8a8", "--expert-workers", "0") as fleet:
-        expected = answers(fleet)
-    with fleet_of(tmp_path / "w8a8", "--expert-workers", "3", "--ep-level", "2") as fleet:
-        assert answers(fleet) == expected
+    # At ep_level 1 the experts quantise the rows, at 2 the router does.
+    ep_level, environment = QUANTISED[variant]
+    flags = ("--expert-workers", "3", "--ep-level", str(ep_level))
+    with fleet_of(w8a8_model, *flags, **environment) as fleet:
+        assert answers(fleet) == w8a8_answers

@@ -69,6 +69,7 @@ def prepare(
         "model_path": str(checkpoint),
         "dtype": "float32",
         "layers": [[layer_id, list(own)] for layer_id, own in placement.experts_of(ep_rank).items()],
+        "int8_layers": [],
         "exchange": "links",
         "host": store.host,
         "port": store.port,

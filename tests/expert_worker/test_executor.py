@@ -29,6 +29,7 @@ from tests.expert_worker.executor_child import (
     prefix_of,
     prepare,
 )
+from tests.quantized_checkpoint import write_w8a8
 from tests.tiny_checkpoint import write_checkpoint
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.distributed]
@@ -125,6 +126,25 @@ async def test_a_prepare_that_fails_leaves_the_epoch_in_force_alone(checkpoint: 
         assert (failed.epoch, failed.kind) == (3, "LinkError")
         assert torch.equal(step(router, 1, 2, given), expected)
         router.close()
+
+
+async def test_rows_in_another_form_than_the_checkpoint_of_the_worker_takes_are_refused_before_it_loads(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    write_w8a8(checkpoint, tmp_path / "w8a8")
+    store = process_group.open_store("127.0.0.1")
+    async with executor() as child:
+        for epoch, (directory, int8_layers) in enumerate(
+            [(checkpoint, [1, 2, 3]), (tmp_path / "w8a8", [])], 1
+        ):
+            child.send(prepare(directory, ALONE, 0, store, epoch, int8_layers=int8_layers))
+            failed = await child.until(PrepareFailed)
+            assert (failed.epoch, failed.kind) == (epoch, "CheckpointError")
+            ours = [] if int8_layers else [1, 2, 3]
+            assert failed.message == (
+                f"the router sends rows of layers {int8_layers} in int8, but in {directory} the layers of "
+                f"W8A8_DYNAMIC experts are {ours}: give router and workers the same checkpoint"
+            )
 
 
 async def test_a_later_epoch_supersedes_one_that_still_waits_for_its_router(checkpoint: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from torch import Tensor
 
 from common import process_group
 from common.errors import CheckpointError
-from common.exchange import RouterExchange, StepHeader
-from common.exchange.loopback import LoopbackExchange
+from common.exchange import Received, RouterExchange, StepHeader
+from common.exchange.loopback import Compute, LoopbackExchange
 from common.exchange.routing import RowShape
+from common.model_config import ModelConfig
 from common.placement import contiguous
+from common.quantization.row_format import int8_layers
 from expert_worker import step_loop
 from expert_worker.experts import LayerExperts
 from expert_worker.kernels import load_kernels
@@ -40,7 +42,8 @@ SIZES: dict[str, Any] = {
 }
 FORMATS = pytest.mark.parametrize("name", ["bf16", "fp8", "w8a8"])
 ALL = {LAYER: tuple(range(NUM_EXPERTS))}
-SHAPE = RowShape(HIDDEN_SIZE, TOP_K, torch.bfloat16)
+
+Forms = set[tuple[torch.dtype, bool]]
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +60,11 @@ def hold(directory: Path, experts: dict[int, tuple[int, ...]], dtype: str = "bfl
     return shard.hold(ShardSource(directory, dtype), experts, lambda *_: None)[LAYER]
 
 
+def shape_of(directory: Path) -> RowShape:
+    takes_int8 = int8_layers(directory, ModelConfig.from_directory(directory))
+    return RowShape(HIDDEN_SIZE, TOP_K, torch.bfloat16, takes_int8)
+
+
 def routed(num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(num_tokens)
     rows = torch.randn(num_tokens, HIDDEN_SIZE, generator=generator).bfloat16()
@@ -65,27 +73,34 @@ def routed(num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @contextmanager
-def workers(directory: Path, num_workers: int) -> Iterator[RouterExchange]:
-    """Expert workers in threads, each with its own shard, at the other end of real links."""
-    placement = contiguous(NUM_EXPERTS, num_workers, [LAYER])
+def workers(directory: Path, num_workers: int) -> Iterator[tuple[RouterExchange, Forms]]:
+    """Expert workers in threads, each with its own shard, at the other end of real links.
+
+    Beside the router's end, what rows they were given: a dtype, and whether scales came with it.
+    """
+    placement, shape = contiguous(NUM_EXPERTS, num_workers, [LAYER]), shape_of(directory)
     store = process_group.open_store("127.0.0.1")
     is_stopped = threading.Event()
     ends = []
+    forms: Forms = set()
 
     def serve(rank: int) -> None:
         layer = hold(directory, placement.experts_of(rank))
-        exchange, _ = fleet.join_routers([store], rank, placement, SHAPE, 0.0, "links", lambda *_: None)
+        exchange, _ = fleet.join_routers([store], rank, placement, shape, 0.0, "links", lambda *_: None)
         ends.append(exchange)
-        step_loop.serve(
-            exchange, lambda got: layer.forward(got.rows, got.tokens_per_expert), is_stopped.is_set
-        )
+
+        def outputs(got: Received) -> Tensor:
+            forms.add((got.rows.dtype, got.row_scales is not None))
+            return layer.forward(got.rows, got.tokens_per_expert, row_scales=got.row_scales)
+
+        step_loop.serve(exchange, outputs, is_stopped.is_set)
 
     threads = [threading.Thread(target=serve, args=(rank,), daemon=True) for rank in range(num_workers)]
     for thread in threads:
         thread.start()
-    router = fleet.join_workers(store, placement, SHAPE)
+    router = fleet.join_workers(store, placement, shape)
     try:
-        yield router
+        yield router, forms
     finally:
         is_stopped.set()
         router.close()
@@ -107,12 +122,45 @@ def test_workers_give_the_bits_of_one_process_in_every_format(
     root: Path, name: str, num_workers: int
 ) -> None:
     layer = hold(root / name, ALL)
-    loopback = LoopbackExchange(
-        lambda _, rows, counts, grouped: layer.forward(rows, counts, is_grouped=grouped), ALL
+    takes_int8 = shape_of(root / name).int8_layers
+    assert takes_int8 == ({LAYER} if name == "w8a8" else set())
+    # One gets rows as they are and quantises them for itself, the other gets them quantised.
+    plain, quantised = (
+        LoopbackExchange(compute_of(layer), ALL, layers) for layers in (frozenset[int](), takes_int8)
     )
-    with workers(root / name, num_workers) as router:
+    with workers(root / name, num_workers) as (router, forms):
         for step_id, (level, count) in enumerate(itertools.product((1, 2), (1, 5, 64))):
-            assert torch.equal(step(router, step_id, level, count), step(loopback, step_id, level, count))
+            expected = step(plain, step_id, level, count)
+            assert torch.equal(step(router, step_id, level, count), expected)
+            assert torch.equal(step(quantised, step_id, level, count), expected)
+    assert forms == {(torch.bfloat16, False)} | ({(torch.int8, True)} if takes_int8 else set())
+
+
+def compute_of(layer: LayerExperts) -> Compute:
+    return lambda _, rows, scales, counts, grouped: layer.forward(
+        rows, counts, row_scales=scales, is_grouped=grouped
+    )
+
+
+@pytest.mark.distributed
+def test_workers_of_which_some_hold_floats_in_a_layer_and_some_int8_all_take_floats(
+    root: Path, tmp_path: Path
+) -> None:
+    mixed = write_mixed(root, tmp_path, experts=range(NUM_EXPERTS // 2))
+    halves = contiguous(NUM_EXPERTS, 2, [LAYER])
+    kept = [hold(mixed, halves.experts_of(rank)) for rank in range(2)]
+
+    def compute(_: int, rows: Tensor, scales: Tensor | None, counts: Tensor, grouped: bool) -> Tensor:
+        parts = rows.split([int(half.sum()) for half in counts.chunk(2)])
+        return torch.cat(
+            [one.forward(part, half) for one, part, half in zip(kept, parts, counts.chunk(2), strict=True)]
+        )
+
+    loopback = LoopbackExchange(compute, ALL)
+    with workers(mixed, 2) as (router, forms):
+        for step_id, level in enumerate((1, 2)):
+            assert torch.equal(step(router, step_id, level, 33), step(loopback, step_id, level, 33))
+    assert forms == {(torch.bfloat16, False)}
 
 
 @FORMATS
@@ -175,20 +223,26 @@ def describe(directory: Path, changes: dict[str, str]) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def test_a_layer_whose_experts_differ_in_type_is_refused(root: Path, tmp_path: Path) -> None:
-    expert = f"model.layers.{LAYER}.mlp.experts.3"
-    floats = {name: tensor for name, tensor in read_tensors(root / "bf16").items() if f"{expert}." in name}
-    write_w8a8(root / "bf16", tmp_path / "w8a8", mindie_format=True)
-    (file,) = (tmp_path / "w8a8").glob("*.safetensors")
-    save_file(read_tensors(tmp_path / "w8a8") | floats, file)
-    (description,) = (tmp_path / "w8a8").glob("quant_model_description*.json")
+def write_mixed(root: Path, target: Path, experts: Iterable[int]) -> Path:
+    """Write W8A8 but for these experts, which stay in bfloat16."""
+    paths = tuple(f"model.layers.{LAYER}.mlp.experts.{expert}." for expert in experts)
+    floats = {name: one for name, one in read_tensors(root / "bf16").items() if name.startswith(paths)}
+    write_w8a8(root / "bf16", target / "w8a8", mindie_format=True)
+    (file,) = (target / "w8a8").glob("*.safetensors")
+    save_file(read_tensors(target / "w8a8") | floats, file)
+    (description,) = (target / "w8a8").glob("quant_model_description*.json")
     types = json.loads(description.read_text()) | dict.fromkeys(floats, "FLOAT")
     description.write_text(json.dumps(types))
-    hold(tmp_path / "w8a8", {LAYER: (3,)})
+    return target / "w8a8"
+
+
+def test_a_layer_whose_experts_differ_in_type_is_refused(root: Path, tmp_path: Path) -> None:
+    mixed = write_mixed(root, tmp_path, experts=[3])
+    hold(mixed, {LAYER: (3,)})
     with pytest.raises(
         CheckpointError, match="layer 1 has 1 experts in floating point and 15 in int8 on this"
     ):
-        hold(tmp_path / "w8a8", ALL)
+        hold(mixed, ALL)
 
 
 def test_experts_of_mixed_or_static_types_are_refused(root: Path, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from common.timeline import Timeline
 from expertmesh.trace_summary import intersection, length, summarize, union
 
 
-def event(name: str, begin: int, end: int) -> dict[str, object]:
-    return {"ph": "X", "name": name, "ts": begin, "dur": end - begin}
+def event(name: str, begin: int, end: int, worker: str = "") -> dict[str, object]:
+    return {"ph": "X", "name": name, "ts": begin, "dur": end - begin, "args": {"worker": worker}}
 
 
 def test_the_overlap_is_the_share_of_the_workers_time_in_which_the_router_computes() -> None:
@@ -30,8 +30,23 @@ def test_the_overlap_is_the_share_of_the_workers_time_in_which_the_router_comput
     assert summary.medians_us["experts"] == 12.5
 
 
+def test_messages_that_arrive_while_their_own_worker_computes_are_counted() -> None:
+    spans = [
+        event("arrived", 0, 0, "a"),
+        event("experts", 0, 10, "a"),
+        event("arrived", 5, 10, "a"),  # beside the first
+        event("experts", 10, 20, "a"),
+        event("arrived", 15, 15, "b"),  # only the other computes
+        event("experts", 15, 30, "b"),
+        event("arrived", 29, 30, "b"),
+        event("experts", 30, 31, "b"),
+    ]
+    assert summarize({"traceEvents": spans}).arrived_meanwhile == 2 / 4
+
+
 def test_a_trace_without_workers_overlaps_nothing() -> None:
-    assert summarize({"traceEvents": [event("attention", 0, 5)]}).overlap == 0.0
+    summary = summarize({"traceEvents": [event("attention", 0, 5)]})
+    assert (summary.overlap, summary.arrived_meanwhile) == (0.0, 0.0)
 
 
 intervals = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 20)).map(lambda p: (p[0], p[0] + p[1])))

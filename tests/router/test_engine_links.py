@@ -68,7 +68,11 @@ class Worker:
 
     def _outputs(self, received: Received) -> Tensor:
         return self._compute(
-            received.layer_id, received.rows, received.tokens_per_expert, received.is_grouped
+            received.layer_id,
+            received.rows,
+            received.row_scales,
+            received.tokens_per_expert,
+            received.is_grouped,
         )
 
 

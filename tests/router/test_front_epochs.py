@@ -10,7 +10,7 @@ import pytest
 
 from router.front.epoch_plan import Candidate, plan_members
 from router.messages import AskProgress
-from tests.fake_engine import LOSES
+from tests.fake_engine import INT8_LAYERS, LOSES
 from tests.router.front_fleet import front_config, request_of, running_front
 
 
@@ -34,6 +34,7 @@ async def test_the_first_epoch_begins_when_all_workers_have_registered(tmp_path:
         assert [worker.worker_id for worker in status.workers] == ["a", "b"]
         assert {worker.state for worker in status.workers} == {"serving"}
         assert [list(layer.expert_ids) for layer in first.epochs[0].layers] == [[0, 1, 2, 3]]
+        assert list(first.epochs[0].int8_layers) == INT8_LAYERS
         spare = await running.add_agent("c")
         status = await running.status()
         assert status.workers[2].state == "registered"
