@@ -1,0 +1,129 @@
+"""Interfaces, whether addresses and ports can be listened on, who has a port, and what a peer answers."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import ConfigError
+from common.own_address import own_address
+
+CONNECT_TIMEOUT_S = 3.0
+LISTEN = "0A"
+"""The state in /proc/net/tcp of a socket that listens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """Whether a service could listen.
+
+    Attributes:
+        key: the key of the configuration that has the address.
+        host: as configured; `resolved` is what it stands for.
+        error: name of the errno, like "EADDRINUSE"; or a sentence; empty: it could.
+        owner: who has the port, as far as this user may know: its command line; else empty.
+    """
+
+    key: str
+    host: str
+    resolved: str
+    port: int
+    error: str = ""
+    owner: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """What came of connecting to a peer.
+
+    Attributes:
+        failure: empty where it worked, else "refused", "timed out", "name", "unreachable" or what else it is.
+        health: what grpc.health.v1 says there: a status, or the code and sentence of the refusal.
+    """
+
+    address: str
+    failure: str
+    waited_s: float
+    health: str = ""
+
+
+def gather_interfaces() -> dict[str, str]:
+    """The IPv4 address of each interface that has one (Linux)."""
+    found = {}
+    for _, name in socket.if_nameindex():
+        try:
+            found[name] = own_address(f"interface:{name}")
+        except ConfigError:
+            continue
+    return found
+
+
+def try_listening(key: str, host: str, port: int) -> Listening:
+    """Listen on an address of the configuration for a moment; port 0 tries the address alone."""
+    try:
+        resolved = own_address(host)
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            resolved.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen(1)
+    except ConfigError as error:
+        return Listening(key, host, host, port, str(error))
+    except socket.gaierror:
+        return Listening(key, host, resolved, port, "name")
+    except OSError as error:
+        name = errno.errorcode.get(error.errno or 0, str(error))
+        owner = owner_of(port) if error.errno == errno.EADDRINUSE else ""
+        return Listening(key, host, resolved, port, name, owner)
+    return Listening(key, host, resolved, port)
+
+
+def owner_of(port: int) -> str:
+    """The command line of the process that listens on a port; empty where this user cannot know it."""
+    inodes = set(_listening_inodes(port))
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            links = {os.readlink(link) for link in (process / "fd").iterdir()}
+            if links & {f"socket:[{inode}]" for inode in inodes}:
+                words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                return f"{' '.join(filter(None, words))} (pid {process.name})"
+        except OSError:
+            continue  # it ended meanwhile, or is another user's
+    return ""
+
+
+def _listening_inodes(port: int) -> Iterator[str]:
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            lines = Path(table).read_text().splitlines()[1:]
+        except OSError:
+            continue
+        for line in lines:
+            fields = line.split()
+            if fields[3] == LISTEN and int(fields[1].rpartition(":")[2], 16) == port:
+                yield fields[9]
+
+
+def try_connecting(address: str, host: str, port: int) -> Peer:
+    """Open a connection to a peer and close it, within CONNECT_TIMEOUT_S."""
+    began_s = time.monotonic()
+    try:
+        with socket.create_connection((host, port), CONNECT_TIMEOUT_S):
+            failure = ""
+    except TimeoutError:
+        failure = "timed out"
+    except socket.gaierror:
+        failure = "name"
+    except ConnectionRefusedError:
+        failure = "refused"
+    except OSError as error:
+        unreachable = (errno.EHOSTUNREACH, errno.ENETUNREACH)
+        failure = "unreachable" if error.errno in unreachable else error.strerror or str(error)
+    return Peer(address, failure, time.monotonic() - began_s)
