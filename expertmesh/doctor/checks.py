@@ -46,7 +46,7 @@ def torch_itself(setup: Setup, machine: Machine) -> Iterator[Finding]:
         yield not_applicable("data plane", "torch cannot be imported")
         yield not_applicable("int8 kernel", "torch cannot be imported")
         return
-    yield from judge_backends(answers.of("backends"), answers.of("npu"), setup.device, setup.data_address)
+    yield from judge_backends(answers.of("backends"), answers.of("npu"), setup.device, setup.link_address)
     yield judge_int8(answers.of("int8"), setup.device)
 
 

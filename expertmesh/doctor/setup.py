@@ -41,7 +41,7 @@ class Setup:
         return self.router is not None
 
     @property
-    def data_address(self) -> str:
+    def link_address(self) -> str:
         """Where the data plane listens; loopback where that is not known."""
         try:
             return own_address(self.config.data_address) if self.config is not None else "127.0.0.1"

@@ -35,8 +35,9 @@ class NvidiaFacts:
 
     @property
     def gpus(self) -> list[str]:
-        """The lines of nvidia-smi."""
-        return [line.strip() for line in self.smi.output.splitlines() if line.strip()]
+        """The lines of nvidia-smi; none where it does not end well."""
+        lines = self.smi.output.splitlines() if self.smi.has_answered else []
+        return [line.strip() for line in lines if line.strip()]
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,7 +73,7 @@ def gather_machine(setup: Setup) -> Machine:
     config, places = setup.config, tuple(_places(setup))
     return Machine(
         packages=gather_packages(),
-        torch=ask_torch(setup.data_address, _readable(setup.model)),
+        torch=ask_torch(setup.link_address, _readable(setup.model)),
         nvidia=gather_nvidia(),
         ascend=gather_ascend(setup.environment),
         interfaces=interfaces,

@@ -87,16 +87,28 @@ def try_listening(key: str, host: str, port: int) -> Listening:
 
 def owner_of(port: int) -> str:
     """The command line of the process that listens on a port; empty where this user cannot know it."""
-    inodes = set(_listening_inodes(port))
+    sockets = {f"socket:[{inode}]" for inode in _listening_inodes(port)}
     for process in Path("/proc").glob("[0-9]*"):
+        if sockets.isdisjoint(_open_files(process)):
+            continue
         try:
-            links = {os.readlink(link) for link in (process / "fd").iterdir()}
-            if links & {f"socket:[{inode}]" for inode in inodes}:
-                words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                return f"{' '.join(filter(None, words))} (pid {process.name})"
+            words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
         except OSError:
-            continue  # it ended meanwhile, or is another user's
+            continue  # it ended meanwhile
+        return f"{' '.join(filter(None, words))} (pid {process.name})"
     return ""
+
+
+def _open_files(process: Path) -> Iterator[str]:
+    try:
+        links = list((process / "fd").iterdir())
+    except OSError:
+        return  # it ended meanwhile, or is another user's
+    for link in links:
+        try:
+            yield os.readlink(link)
+        except OSError:
+            continue  # closed meanwhile
 
 
 def _listening_inodes(port: int) -> Iterator[str]:

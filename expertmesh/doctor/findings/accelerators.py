@@ -16,13 +16,11 @@ NO_DEVICE = "device {device!r} is not available on this machine: choose device '
 def judge_nvidia(facts: NvidiaFacts, torch: Answer, cuda: Answer, device: str) -> Iterator[Finding]:
     """Judge NVIDIA's driver, its GPUs, and whether torch reaches them."""
     if device != "cuda":
-        there = (
-            f"{len(facts.gpus)} GPUs are here, not used: " if facts.smi.has_answered and facts.gpus else ""
-        )
+        there = f"GPUs are here, not used: {'; '.join(facts.gpus)}; " if facts.gpus else ""
         yield not_applicable("nvidia", f"{there}the device is {device}")
         return
     symptom = NO_DEVICE.format(device=device)
-    if facts.smi.path is None or not (facts.smi.has_answered and facts.gpus):
+    if not facts.gpus:
         yield failure(
             "nvidia",
             f"no GPU answers: {facts.smi.error or 'nvidia-smi lists none'}",
@@ -30,7 +28,7 @@ def judge_nvidia(facts: NvidiaFacts, torch: Answer, cuda: Answer, device: str) -
             "install NVIDIA's driver; for a container, the NVIDIA container toolkit and --gpus all",
         )
     else:
-        yield ok("nvidia", f"{len(facts.gpus)} GPUs: {facts.gpus[0]}")
+        yield ok("nvidia", f"GPUs: {'; '.join(facts.gpus)}")
     if torch.get("version") and not torch.get("cuda"):
         yield failure(
             "cuda",
