@@ -19,6 +19,7 @@ from common.errors import ExpertMeshError
 from common.model_config import ModelConfig
 
 Answer = dict[str, Any]
+TORCH = "torch"
 MOST_MISSING = 3
 """Names of missing tensors that are told; the rest is counted."""
 
@@ -122,7 +123,15 @@ def _answers(examinations: Iterable[tuple[str, Callable[[], Answer]]]) -> Iterat
         except ExpertMeshError as error:
             yield subject, {"error": str(error)}
         except Exception as error:  # whatever a broken installation raises is what was asked for
-            yield subject, {"error": _first_line(f"{type(error).__name__}: {error}")}
+            yield subject, {"error": _sentence(error)}
+            if subject == TORCH:
+                return  # half of it is loaded now, and what the rest would say is about that
+
+
+def _sentence(error: BaseException) -> str:
+    """What an error says, and what caused it: torch wraps what goes wrong in an extension."""
+    own = _first_line(f"{type(error).__name__}: {error}")
+    return own if error.__cause__ is None else f"{own} ({_sentence(error.__cause__)})"
 
 
 def _first_line(text: str) -> str:
@@ -136,7 +145,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="directory of a checkpoint")
     arguments = parser.parse_args()
     examinations: list[tuple[str, Callable[[], Answer]]] = [
-        ("torch", examine_torch),
+        (TORCH, examine_torch),
         ("backends", lambda: examine_backends(arguments.data_address)),
         ("int8", examine_int8),
         ("cuda", examine_cuda),

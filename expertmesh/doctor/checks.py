@@ -67,6 +67,9 @@ def checkpoint(setup: Setup, machine: Machine) -> Iterator[Finding]:
     if setup.model is None and setup.config is None:
         yield not_applicable("model", NO_CONFIGURATION)
         return
+    if machine.model.is_there and "error" in machine.torch.of("torch"):
+        yield not_applicable("model", "torch cannot be imported, and nothing else reads it")
+        return
     yield from judge_checkpoint(
         setup.model,
         machine.torch.of("checkpoint"),

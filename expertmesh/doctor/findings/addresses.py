@@ -71,7 +71,7 @@ def _reach(by_key: dict[str, str], router: str | None, num_servers: int) -> Iter
                 yield failure(
                     SUBJECT,
                     f"the router is at {router}, but {key} is {by_key[key]}, which it cannot reach",
-                    "the worker registers and is lost again after three heartbeats: the router asks itself",
+                    "PrepareEpoch on expert worker ... failed with UNAVAILABLE, again and again: the router calls itself",
                     way_out,
                 )
     elif router is None and data_is_local and not is_local.get(FLEET_KEY, True):
@@ -79,7 +79,7 @@ def _reach(by_key: dict[str, str], router: str | None, num_servers: int) -> Iter
             SUBJECT,
             f"workers of other machines register at {by_key[FLEET_KEY]}, but {DATA_KEY} is "
             f"{by_key[DATA_KEY]}",
-            "link ... was not made within ... s: workers look for the router's store on themselves",
+            "the link to ep_rank ... could not be made: link ... was not made within 20.0 s",
             way_out,
         )
     elif data_is_local and num_servers > 1:

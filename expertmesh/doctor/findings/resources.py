@@ -33,7 +33,7 @@ def judge_memory(resources: Resources, kv_cache_bytes: int, model_bytes: int) ->
             "memory",
             f"{_gb(there)} are available{bound}; weights of {_gb(model_bytes)} and a KV cache of up to "
             f"{_gb(kv_cache_bytes)} do not fit, if all services run on this machine",
-            "the kernel ends a service: `was ended by SIGKILL without a word`; a container ends with 137",
+            "the kernel ends a service: ended with status -9, or: was ended by SIGKILL; a container: 137",
             "spread the workers over machines, lower cpuMemSize, or give the container more memory",
         )
     else:
