@@ -71,7 +71,7 @@ def _reach(by_key: dict[str, str], router: str | None, num_servers: int) -> Iter
                 yield failure(
                     SUBJECT,
                     f"the router is at {router}, but {key} is {by_key[key]}, which it cannot reach",
-                    "PrepareEpoch on expert worker ... failed with UNAVAILABLE, again and again: the router calls itself",
+                    "PrepareEpoch on expert worker ... failed with UNAVAILABLE: the router calls itself",
                     way_out,
                 )
     elif router is None and data_is_local and not is_local.get(FLEET_KEY, True):

@@ -9,6 +9,7 @@ from typing import Any
 from expertmesh.doctor.finding import Finding, failure, not_applicable, ok, warning
 
 SUBJECT = "model"
+DENIED = "Permission denied"
 
 
 def judge_checkpoint(
@@ -44,14 +45,14 @@ def judge_checkpoint(
             SUBJECT,
             str(answer["error"]),
             "router or worker end with this sentence",
-            "copy what is missing or damaged again; compare file sizes with where it came from",
+            _remedy(str(answer["error"]), model),
         )
     elif answer["num_missing"]:
         yield failure(
             SUBJECT,
             f"{model} lacks {answer['num_missing']} tensors of the model in its config.json, for example "
             f"{answer['missing'][0]}",
-            f"{model} has no tensor {answer['missing'][0]}, but the model in its config.json needs it",
+            f"{model} lacks {answer['missing'][0]}, ..., which config.json asks for",
             "copy the missing shards (*.safetensors) again",
         )
     else:
@@ -68,6 +69,12 @@ def judge_checkpoint(
                 "text is refused: the checkpoint has no tokenizer.json: send token_ids instead",
                 "copy tokenizer.json and tokenizer_config.json into the directory",
             )
+
+
+def _remedy(error: str, model: Path) -> str:
+    if DENIED in error:
+        return f"let the user of the services read it: chmod -R a+rX {model}"
+    return "copy what is missing or damaged again; compare file sizes with where it came from"
 
 
 def judge_experts(problem: str) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from expertmesh.doctor.finding import Finding, failure, not_applicable, ok, warn
 GIGABYTE = 1 << 30
 LEAST_SHARED_BYTES = GIGABYTE
 """NCCL and HCCL put the buffers of neighbouring processes there; a container has 64 MB by default."""
-FILES_PER_SERVICE = 128
+FILES_PER_SERVICE = 32
 FILES_PER_WORKER = 8
 """The engine has 4 per link, and twice as many while one epoch replaces another."""
 USUAL_OPEN_FILES = 1024

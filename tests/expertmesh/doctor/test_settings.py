@@ -175,6 +175,7 @@ WHOLE = {"num_tensors": 9, "num_files": 2, "num_bytes": 10**9, "missing": [], "n
         (WHOLE, True, False, [Outcome.OK, Outcome.WARNING]),
         (WHOLE | {"missing": ["lm_head.weight"], "num_missing": 1}, True, True, [Outcome.FAILURE]),
         ({"error": "m is truncated"}, True, True, [Outcome.FAILURE]),
+        ({"error": "m cannot be read: Permission denied"}, True, True, [Outcome.FAILURE]),
         ({}, False, False, [Outcome.FAILURE]),
     ],
 )
@@ -215,7 +216,7 @@ def test_memory_is_that_of_the_machine_or_of_the_container() -> None:
 
 
 def test_limits_matter_where_they_act() -> None:
-    small = Resources(None, None, 64 << 20, 64, 64 << 10)
+    small = Resources(None, None, 64 << 20, 40, 64 << 10)
     assert judge_shared_memory(small, "npu").outcome is Outcome.WARNING
     assert judge_shared_memory(small, "cpu").outcome is Outcome.NOT_APPLICABLE
     assert judge_shared_memory(PLENTY, "npu").outcome is Outcome.OK
