@@ -21,6 +21,7 @@ def judge_memory(resources: Resources, kv_cache_bytes: int, model_bytes: int) ->
     """Judge whether weights and KV cache fit, if all services run on this machine.
 
     Args:
+        kv_cache_bytes: what it may grow to; 0: unknown.
         model_bytes: of the checkpoint's tensors; 0: unknown.
     """
     there = resources.usable_bytes
@@ -39,7 +40,7 @@ def judge_memory(resources: Resources, kv_cache_bytes: int, model_bytes: int) ->
     else:
         yield ok(
             "memory",
-            f"{_gb(there)} available{bound}; weights {_gb(model_bytes)}, KV cache {_gb(kv_cache_bytes)}",
+            f"{_gb(there)} available{bound}; weights: {_known(model_bytes)}, cache: {_known(kv_cache_bytes)}",
         )
 
 
@@ -95,6 +96,10 @@ def judge_locked_memory(resources: Resources, device: str) -> Finding:
             "ulimit -l unlimited, ulimits: {memlock: -1} in the compose file, LimitMEMLOCK=infinity",
         )
     return ok("locked memory", "no limit")
+
+
+def _known(num_bytes: int) -> str:
+    return _gb(num_bytes) if num_bytes else "unknown"
 
 
 def _gb(num_bytes: int) -> str:
