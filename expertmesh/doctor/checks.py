@@ -122,7 +122,8 @@ def resources(setup: Setup, machine: Machine) -> Iterator[Finding]:
     """Memory and limits."""
     found = machine.resources
     cache_bytes = setup.config.kv_cache_bytes if setup.config is not None else 0
-    yield from judge_memory(found, cache_bytes, machine.torch.of("checkpoint").get("num_bytes", 0))
+    model_bytes = machine.torch.of("checkpoint").get("num_bytes", 0)
+    yield from judge_memory(found, cache_bytes, model_bytes, is_worker=setup.is_worker)
     yield judge_shared_memory(found, setup.device)
     yield judge_open_files(found, setup.config)
     yield judge_locked_memory(found, setup.device)

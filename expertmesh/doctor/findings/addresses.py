@@ -36,7 +36,8 @@ def judge_addresses(
     if bad:
         return
     by_key = {one.key: one.resolved for one in found}
-    yield from _reach(by_key, router, num_servers)
+    is_here = router is not None and router in interfaces.values()
+    yield from _reach(by_key, "127.0.0.1" if is_here else router, num_servers)
     shown = ", ".join(f"{key.rpartition('.')[2]} {host}" for key, host in by_key.items())
     alone = "; clients on this machine, or in this container, only"
     is_alone = is_loopback(by_key.get(CLIENT_KEY, ""))

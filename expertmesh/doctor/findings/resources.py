@@ -17,16 +17,22 @@ FILES_PER_WORKER = 8
 USUAL_OPEN_FILES = 1024
 
 
-def judge_memory(resources: Resources, kv_cache_bytes: int, model_bytes: int) -> Iterator[Finding]:
+def judge_memory(
+    resources: Resources, kv_cache_bytes: int, model_bytes: int, *, is_worker: bool
+) -> Iterator[Finding]:
     """Judge whether weights and KV cache fit, if all services run on this machine.
 
     Args:
         kv_cache_bytes: what it may grow to; 0: unknown.
         model_bytes: of the checkpoint's tensors; 0: unknown.
+        is_worker: whether only workers run here, which hold their share of the experts and no cache.
     """
     there = resources.usable_bytes
     if there is None:
         yield not_applicable("memory", "this system does not say how much is available")
+        return
+    if is_worker:
+        yield not_applicable("memory", f"{_gb(there)} available; a worker holds its share of the experts")
         return
     bound = " within this container's bound" if resources.bound_bytes == there else ""
     if model_bytes + kv_cache_bytes > there:

@@ -205,13 +205,15 @@ def test_every_bad_value_of_a_configuration_is_a_failure() -> None:
 
 
 def test_memory_is_that_of_the_machine_or_of_the_container() -> None:
-    [one] = judge_memory(PLENTY, GIGABYTE, 2 * GIGABYTE)
+    [one] = judge_memory(PLENTY, GIGABYTE, 2 * GIGABYTE, is_worker=False)
     assert one.outcome is Outcome.OK
     bound = Resources(64 * GIGABYTE, 2 * GIGABYTE, None, None, None)
-    [one] = judge_memory(bound, GIGABYTE, 2 * GIGABYTE)
+    [one] = judge_memory(bound, GIGABYTE, 2 * GIGABYTE, is_worker=False)
     assert one.outcome is Outcome.WARNING
     assert "within this container's bound" in one.found
-    [one] = judge_memory(Resources(None, None, None, None, None), 1, 1)
+    [one] = judge_memory(Resources(None, None, None, None, None), 1, 1, is_worker=False)
+    assert one.outcome is Outcome.NOT_APPLICABLE
+    [one] = judge_memory(bound, GIGABYTE, 2 * GIGABYTE, is_worker=True)
     assert one.outcome is Outcome.NOT_APPLICABLE
 
 
