@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from common.config import TOKEN_VARIABLE, Config, check_experts, fleet_token
+from common.config import TOKEN_VARIABLE, Config, check_experts
 from common.errors import CheckpointError, ConfigError
-from common.health import ask
 from common.model_config import ModelConfig
 from common.topology import ALL_TO_ALL, SERVERS_IN_QUESTION, DeviceLink
 from expertmesh.doctor.facts.accelerators import AscendFacts, NvidiaFacts, gather_ascend, gather_nvidia
-from expertmesh.doctor.facts.network import (
-    Listening,
-    Peer,
-    gather_interfaces,
-    try_connecting,
-    try_listening,
-)
+from expertmesh.doctor.facts.network import Listening, gather_interfaces, try_listening
 from expertmesh.doctor.facts.packages import PackageFacts, gather_packages
+from expertmesh.doctor.facts.peer import Peer, ask_router
 from expertmesh.doctor.facts.ranks import RankTableFacts, ask_cables, gather_ranks
 from expertmesh.doctor.facts.resources import Resources, gather_resources
 from expertmesh.doctor.facts.token import TokenFacts, gather_token
 from expertmesh.doctor.facts.torch_answers import TorchAnswers, ask_torch
-from expertmesh.doctor.setup import Setup, split_address
-from protos import fleet_pb2
-
-FLEET_SERVICE = fleet_pb2.DESCRIPTOR.services_by_name["FleetService"].full_name
+from expertmesh.doctor.setup import Setup
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +74,7 @@ def gather_machine(setup: Setup) -> Machine:
         cables=_cables(config, ranks),
         resources=gather_resources(),
         token=TokenFacts() if config is None else gather_token(config, has_variable),
-        peer=None if setup.router is None else _peer(setup.router, config),
+        peer=None if setup.router is None else ask_router(setup.router, config),
         model=_model_facts(setup),
     )
 
@@ -126,28 +117,6 @@ def _cables(config: Config | None, ranks: RankTableFacts) -> tuple[DeviceLink, .
         return ()
     is_in_question = config.ep_level == ALL_TO_ALL and len(ranks.table.servers) == SERVERS_IN_QUESTION
     return tuple(ask_cables(ranks.table, ranks.own_server)) if is_in_question else ()
-
-
-def _peer(address: str, config: Config | None) -> Peer:
-    try:
-        host, port = split_address(address)
-    except ConfigError as error:
-        return Peer(address, str(error), 0.0)
-    peer = try_connecting(address, host, port)
-    if peer.failure:
-        return peer
-    try:
-        token = "" if config is None else _token(config)
-        return replace(peer, health=ask(address, FLEET_SERVICE, token))
-    except ConfigError as error:
-        return replace(peer, health=str(error))
-
-
-def _token(config: Config) -> str:
-    try:
-        return fleet_token(config)
-    except ConfigError:
-        return ""  # a check of its own says so
 
 
 def _readable(model: Path | None) -> Path | None:

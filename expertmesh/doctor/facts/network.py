@@ -1,11 +1,10 @@
-"""Interfaces, whether addresses and ports can be listened on, who has a port, and what a peer answers."""
+"""Interfaces, whether addresses and ports can be listened on, and who has those that cannot."""
 
 from __future__ import annotations
 
 import errno
 import os
 import socket
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ from pathlib import Path
 from common.errors import ConfigError
 from common.own_address import own_address
 
-CONNECT_TIMEOUT_S = 3.0
 LISTEN = "0A"
 """The state in /proc/net/tcp of a socket that listens."""
 
@@ -35,21 +33,6 @@ class Listening:
     port: int
     error: str = ""
     owner: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """What came of connecting to a peer.
-
-    Attributes:
-        failure: empty where it worked, else "refused", "timed out", "name", "unreachable" or what else it is.
-        health: what grpc.health.v1 says there: a status, or the code and sentence of the refusal.
-    """
-
-    address: str
-    failure: str
-    waited_s: float
-    health: str = ""
 
 
 def gather_interfaces() -> dict[str, str]:
@@ -121,21 +104,3 @@ def _listening_inodes(port: int) -> Iterator[str]:
             fields = line.split()
             if fields[3] == LISTEN and int(fields[1].rpartition(":")[2], 16) == port:
                 yield fields[9]
-
-
-def try_connecting(address: str, host: str, port: int) -> Peer:
-    """Open a connection to a peer and close it, within CONNECT_TIMEOUT_S."""
-    began_s = time.monotonic()
-    try:
-        with socket.create_connection((host, port), CONNECT_TIMEOUT_S):
-            failure = ""
-    except TimeoutError:
-        failure = "timed out"
-    except socket.gaierror:
-        failure = "name"
-    except ConnectionRefusedError:
-        failure = "refused"
-    except OSError as error:
-        unreachable = (errno.EHOSTUNREACH, errno.ENETUNREACH)
-        failure = "unreachable" if error.errno in unreachable else error.strerror or str(error)
-    return Peer(address, failure, time.monotonic() - began_s)

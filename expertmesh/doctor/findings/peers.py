@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from expertmesh.doctor.facts.network import Peer
+from expertmesh.doctor.facts.peer import Peer
 from expertmesh.doctor.finding import Finding, failure, not_applicable, ok
 
 SUBJECT = "router"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import sys
@@ -9,13 +10,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from expertmesh.doctor.facts.network import (
-    Listening,
-    Peer,
-    gather_interfaces,
-    try_connecting,
-    try_listening,
-)
+from common.config import TOKEN_VARIABLE, load_config
+from common.grpc_server import start_server
+from common.interceptors import FleetTokenInterceptor
+from expertmesh.doctor.facts.network import Listening, gather_interfaces, try_listening
+from expertmesh.doctor.facts.peer import FLEET_SERVICE, Peer, ask_router, try_connecting
 from expertmesh.doctor.finding import Finding, Outcome
 from expertmesh.doctor.findings.addresses import judge_addresses
 from expertmesh.doctor.findings.peers import judge_peer
@@ -181,3 +180,36 @@ def test_every_answer_of_a_peer_means_something(
     one = judge_peer(Peer("10.0.0.9:1028", failure, 3.0, health))
     assert (one.outcome, words in one.found) == (outcome, True), one
     assert judge_peer(None).outcome is Outcome.NOT_APPLICABLE
+
+
+@pytest.mark.parametrize(
+    ("service", "token", "outcome", "words"),
+    [
+        (FLEET_SERVICE, "right", Outcome.OK, "takes this machine's fleet token"),
+        (FLEET_SERVICE, "wrong", Outcome.FAILURE, "refuses this machine's fleet token"),
+        ("expertmesh.v1.GenerationService", "right", Outcome.FAILURE, "not the fleet port"),
+    ],
+)
+@pytest.mark.asyncio
+async def test_a_router_says_whether_it_takes_the_token_and_which_port_it_is(
+    service: str, token: str, outcome: Outcome, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, token)
+    server = await start_server("127.0.0.1", 0, lambda _: None, (service,), [FleetTokenInterceptor("right")])
+    try:
+        one = judge_peer(await asyncio.to_thread(ask_router, server.address, load_config()))
+    finally:
+        await server.stop(0)
+    assert (one.outcome, words in one.found) == (outcome, True), one
+
+
+@pytest.mark.asyncio
+async def test_a_server_of_something_else_is_no_router() -> None:
+    async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    server = await asyncio.start_server(hang_up, "127.0.0.1", 0)
+    async with server:
+        host, port = server.sockets[0].getsockname()
+        one = judge_peer(await asyncio.to_thread(ask_router, f"{host}:{port}", load_config()))
+    assert (one.outcome, "no gRPC server that answers" in one.found) == (Outcome.FAILURE, True), one
