@@ -26,6 +26,8 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_permit_without_calls", 1),
 )
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    # gRPC would send every call through http_proxy, calls to 127.0.0.1 as well.
+    ("grpc.enable_http_proxy", 0),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.ping_timeout_ms", 5_000),

@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from common.config import fleet_token, load_config
 from common.errors import ConfigError
-from common.grpc_server import bracketed
+from common.grpc_server import CHANNEL_OPTIONS, bracketed
 from common.interceptors import token_metadata
 from common.own_address import own_address
 
@@ -35,7 +35,7 @@ def ask(address: str, name: str, token: str = "", timeout_s: float = TIMEOUT_S) 
         raise ConfigError(f'"{address}" is no address of a service: write HOST:PORT')
     target = f"{bracketed(own_address(host))}:{port}"
     metadata = token_metadata(token) if token else ()
-    with grpc.insecure_channel(target) as channel:
+    with grpc.insecure_channel(target, options=CHANNEL_OPTIONS) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest(service=name)
         try:

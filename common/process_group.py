@@ -183,6 +183,11 @@ def _calm(task: Path) -> None:
             os.sched_setscheduler(int(task.name), os.SCHED_BATCH, os.sched_param(0))
 
 
+def built_backends() -> tuple[str, ...]:
+    """The collective libraries that this build of torch holds; HCCL comes with torch-npu instead."""
+    return tuple(name.lower() for name in ("Gloo", "NCCL") if hasattr(dist, f"ProcessGroup{name}"))
+
+
 def first_line(error: BaseException) -> str:
     """What torch says, without the stack that it appends."""
     return (str(error).splitlines() or [type(error).__name__])[0]

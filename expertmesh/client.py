@@ -14,6 +14,8 @@ from expertmesh.call_errors import error_from
 from protos import generation_pb2, generation_pb2_grpc
 
 CHANNEL_OPTIONS = [
+    # gRPC would send every call through http_proxy, calls to 127.0.0.1 as well.
+    ("grpc.enable_http_proxy", 0),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     # Separate from keepalive_timeout_ms and 60 s by default: a frozen router would go unnoticed for a minute.

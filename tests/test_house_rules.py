@@ -55,6 +55,9 @@ EMPTY_INITS = (
     "expert_worker",
     "expertmesh",
     "expertmesh/cli",
+    "expertmesh/doctor",
+    "expertmesh/doctor/facts",
+    "expertmesh/doctor/findings",
     "router",
     "router/front",
     "router/model",
@@ -142,6 +145,8 @@ ENVIRONMENT = (
     "common/child_process.py",
     "expertmesh/processes.py",
     "expertmesh/__main__.py",
+    # doctor looks at what they would inherit.
+    "expertmesh/doctor/facts/environment.py",
 )
 # The commands of people print, and a service says on stdout where it listens and that it is ready.
 PRINTING = ("expertmesh/", "router/__main__.py", "router/front/", "expert_worker/__main__.py")

@@ -7,6 +7,7 @@ import typer
 from expertmesh.cli.bench import bench
 from expertmesh.cli.chat import chat
 from expertmesh.cli.config import config
+from expertmesh.cli.doctor import doctor
 from expertmesh.cli.experts import experts
 from expertmesh.cli.generate import generate
 from expertmesh.cli.status import status
@@ -24,5 +25,6 @@ app.command()(generate)
 app.command()(chat)
 app.command()(status)
 app.command()(experts)
+app.command()(doctor)
 app.add_typer(config)
 app.add_typer(bench)

@@ -57,6 +57,18 @@ def test_three_workers_stream_the_answer_of_one_process(one_machine: Machine, ex
     assert len(members(one_machine)) == 3
 
 
+@pytest.mark.parametrize("service", ["router", "expert-worker"])
+def test_doctor_finds_nothing_wrong_in_a_container(one_machine: Machine, service: str) -> None:
+    command = f"docker compose -f compose/cpu.yaml exec -T {service} python -m expertmesh doctor"
+    shown = json.loads(one_machine.run(f"{command} --config /etc/expertmesh/config.json --json"))
+    assert [one for one in shown["findings"] if one["outcome"] == "failure"] == []
+    known = {(one["subject"], one["outcome"]): one["found"] for one in shown["findings"]}
+    if service == "router":
+        assert "a service of expertmesh runs already" in known["ports", "warning"]
+    else:
+        assert known["router", "ok"] == "router:1028 is a fleet port, and takes this machine's fleet token"
+
+
 def test_a_worker_that_is_killed_comes_back_under_its_name_and_serves(
     one_machine: Machine, expected: list[int]
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tomllib
@@ -150,6 +151,19 @@ def test_a_router_that_is_not_there_is_one_sentence_with_exit_status_1() -> None
     assert result.returncode == 1
     assert result.stderr.startswith("expertmesh: nothing listens on 127.0.0.1:1")
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_proxy_of_the_environment_sees_no_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        proxy.setblocking(False)
+        for variable in ("http_proxy", "https_proxy", "grpc_proxy"):
+            monkeypatch.setenv(variable, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.delenv("no_grpc_proxy", raising=False)
+        result = expertmesh("status", "--admin", "127.0.0.1:1")
+        with pytest.raises(BlockingIOError):
+            proxy.accept()
+    assert result.stderr.startswith("expertmesh: nothing listens on 127.0.0.1:1")
 
 
 def test_a_snapshot_as_json_has_every_field_and_numbers_as_numbers() -> None:
