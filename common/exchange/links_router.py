@@ -207,12 +207,14 @@ class LinksRouterExchange:
     ) -> None:
         first, end = sorted_rows.span(worker.ep_rank)
         num_local = self._slots.table(flight.layer_id).num_local[worker.ep_rank]
-        running = sorted_rows.counts[worker.ep_rank, :num_local].cumsum(0)
+        counts = sorted_rows.counts[worker.ep_rank, :num_local]
         rounds = -(-(end - first) // self._message_rows)
+        running = counts.cumsum(0) if rounds > 1 else counts
         for index in range(rounds):
             low = index * self._message_rows
             high = min(low + self._message_rows, end - first)
-            counts = running.clamp(low, high).diff(prepend=torch.tensor([low]))
+            if rounds > 1:
+                counts = running.clamp(low, high).diff(prepend=torch.tensor([low]))
             header = self._header(worker, wire.ROWS, flight.layer_id, flight.micro_batch, flight.num_tokens)
             header.round, header.rounds = index, rounds
             header.num_rows, header.num_experts = high - low, num_local
