@@ -1,7 +1,7 @@
-"""Round trip of one MoE layer through the exchange, without experts: links beside collective beside a socket.
+"""Round trip of one MoE layer through the exchange, without experts: every transport, and a bare socket.
 
 `python -m benchmarks.bench_exchange [--workers 2 8 40] [--tokens 1 8 64 512] [--repetitions 200]`
-Prints a markdown table; the three alternate within one run. Shapes: T tokens, K choices, D hidden_size.
+Prints a markdown table; all alternate within one run. Shapes: T tokens, K choices, D hidden_size.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from torch import Tensor
 
 from benchmarks.echo_worker import EPOCH, HOST, INCARNATION, JOIN_S, LAYER, TERM, Bench, start
 from common import process_group
-from common.exchange import ALL_GATHER, ALL_TO_ALL, RouterExchange, StepHeader
+from common.exchange import ALL_GATHER, ALL_TO_ALL, RouterExchange, StepHeader, link_choice
 from common.exchange.collective import CollectiveRouterExchange, join_group
+from common.exchange.link_choice import LINKS, SHARED_MEMORY
 from common.exchange.links import LinksRouterExchange
 
 HIDDEN_SIZE, TOP_K, NUM_EXPERTS = 2048, 6, 64
@@ -79,20 +80,22 @@ def message_bytes(level: int, num_tokens: int, ep_size: int) -> tuple[int, int]:
 
 @contextmanager
 def exchanges(ep_size: int) -> Iterator[dict[str, RouterExchange]]:
-    """Both exchanges with the same workers."""
+    """All exchanges with the same workers."""
     store = process_group.open_store(HOST)
     bench = Bench(store.port, ep_size, max(NUM_EXPERTS, ep_size), TOP_K, HIDDEN_SIZE)
     children = [start(bench, ep_rank) for ep_rank in range(ep_size)]
     try:
-        links = [
-            process_group.join_pair(HOST, store.port, f"link-{ep_rank}", 0, JOIN_S, HOST)
-            for ep_rank in range(ep_size)
-        ]
+        links = {
+            transport: [
+                link_choice.join_worker(bench.meeting(ep_rank, transport)) for ep_rank in range(ep_size)
+            ]
+            for transport in (LINKS, SHARED_MEMORY)
+        }
         names, incarnations = [f"w{rank}" for rank in range(ep_size)], [INCARNATION] * ep_size
         group = join_group(HOST, store.port, "group", 0, 1 + ep_size, JOIN_S, HOST)
         facts = (names, bench.placement, bench.shape, TERM, incarnations, 60.0, None)
         yield {
-            "links": LinksRouterExchange(links, *facts),
+            **{transport: LinksRouterExchange(joined, *facts) for transport, joined in links.items()},
             "collective": CollectiveRouterExchange(group, *facts),
         }
     finally:
@@ -152,7 +155,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=200)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    names = ("links", "collective", "socket")
+    names = (LINKS, SHARED_MEMORY, "collective", "socket")
     print(f"| workers | level | tokens | {' | '.join(f'{name} us (p99)' for name in names)} |")
     print("|---|---|---|" + "---|" * len(names))
     bare = BareSocket()

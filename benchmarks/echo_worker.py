@@ -1,6 +1,6 @@
 """An expert worker without experts, for timing the exchange alone: rows go home as they came.
 
-`python -m benchmarks.echo_worker JSON` joins a router over links and over a collective and serves both.
+`python -m benchmarks.echo_worker JSON` joins a router by every transport and serves all of them.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from common import process_group
-from common.exchange import ExpertExchange
+from common.exchange import ExpertExchange, link_choice
 from common.exchange.collective import CollectiveExpertExchange, join_group
+from common.exchange.link_choice import LINKS, SHARED_MEMORY, Meeting
 from common.exchange.links import LinksExpertExchange
 from common.exchange.routing import RowShape
 from common.placement import Placement, contiguous
@@ -46,6 +46,10 @@ class Bench:
         """Of every row."""
         return RowShape(self.hidden_size, self.num_experts_per_tok, DTYPE)
 
+    def meeting(self, ep_rank: int, transport: str) -> Meeting:
+        """Where the router and a worker agree on a link of that kind."""
+        return Meeting(HOST, self.port, f"{transport}-{ep_rank}", JOIN_S, HOST, transport)
+
 
 def start(bench: Bench, ep_rank: int) -> subprocess.Popen[bytes]:
     """Start one worker process."""
@@ -60,16 +64,19 @@ def main() -> None:
     ep_rank = spec.pop("ep_rank")
     bench = Bench(**spec)
     experts = bench.placement.experts_of(ep_rank)
-    links = LinksExpertExchange(lambda *_: None)
-    link = process_group.join_pair(HOST, bench.port, f"link-{ep_rank}", 1, JOIN_S, HOST)
-    links.add_router(TERM, EPOCH, INCARNATION, link, bench.shape, experts)
+    ends: list[ExpertExchange] = []
+    for transport in (LINKS, SHARED_MEMORY):
+        exchange = LinksExpertExchange(lambda *_: None)
+        link = link_choice.join_router(bench.meeting(ep_rank, transport))
+        exchange.add_router(TERM, EPOCH, INCARNATION, link, bench.shape, experts)
+        ends.append(exchange)
     collective = CollectiveExpertExchange(lambda *_: None)
     group = join_group(HOST, bench.port, "group", 1 + ep_rank, 1 + bench.ep_size, JOIN_S, HOST)
     collective.add_router(TERM, EPOCH, INCARNATION, group, bench.shape, experts)
-    ends: tuple[ExpertExchange, ...] = (links, collective)
-    for exchange in ends:
+    ends.append(collective)
+    for end in ends:
         threading.Thread(
-            target=serve, args=(exchange, lambda received: received.rows, lambda: False), daemon=True
+            target=serve, args=(end, lambda received: received.rows, lambda: False), daemon=True
         ).start()
     threading.Event().wait()
 

@@ -196,6 +196,10 @@ class CollectiveRouterExchange:
         self._record("combine", start_ns, dispatched.layer_id)
         return combined
 
+    def transports(self) -> list[str]:
+        """Per ep_rank, what carries its rows."""
+        return ["collective"] * len(self._names)
+
     def last_step_times(self) -> list[list[float]]:
         """Per ep_rank, seconds of the last step: [receive, compute, reply]."""
         return [list(times) for times in self._times]
