@@ -149,10 +149,11 @@ def map_sealed(fd: int) -> Tensor:
         # Reading past the end of a file that has been cut kills the process.
         if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS != SEALS:
             raise LinkError("a segment came whose size is not sealed")
-        # Python's mmap would keep a descriptor of every segment open.
-        return torch.from_file(
-            f"/proc/self/fd/{fd}", shared=True, size=os.fstat(fd).st_size, dtype=torch.uint8
-        )
+        # Python's mmap would keep a descriptor of every segment open. A segment is made by a thread in
+        # inference mode, and one outside of it may be the next to write into it.
+        size = os.fstat(fd).st_size
+        with torch.inference_mode(False):
+            return torch.from_file(f"/proc/self/fd/{fd}", shared=True, size=size, dtype=torch.uint8)
     except (OSError, RuntimeError) as error:
         raise LinkError(f"a segment cannot be mapped: {error}") from error
 

@@ -45,8 +45,9 @@ class Inbox(Generic[ItemT]):
     def watch(self, link: MessageLink, open_message: Opener[ItemT]) -> None:
         """Take in what comes over a link, until it fails; messages are opened by the taker or by a thread."""
         if link.readable is None:
-            name = f"inbox-{link.transport}"
-            threading.Thread(target=self._pump, args=(link, open_message), name=name, daemon=True).start()
+            threading.Thread(
+                target=self._pump, args=(link, open_message), name="link-receiver", daemon=True
+            ).start()
             return
         look = partial(self._look, link, open_message)
         self._selector.register(link.readable, selectors.EVENT_READ, look)

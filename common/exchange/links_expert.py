@@ -205,4 +205,5 @@ def say_goodbye(link: MessageLink, header: wire.Header) -> None:
         link.settle(GOODBYE_S)
     except ExchangeError as error:
         logger.debug("no goodbye: %s", error)
-    link.close()
+    finally:
+        link.close()

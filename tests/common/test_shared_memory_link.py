@@ -127,6 +127,17 @@ def test_memory_is_used_again_and_again(links: Links) -> None:
     assert len(addresses) <= 16
 
 
+def test_memory_made_in_inference_mode_may_be_written_outside_of_it(links: Links) -> None:
+    router, worker = links
+    with torch.inference_mode():
+        post(router, message_of(10))
+        worker.done(wait(worker))
+        post(worker, message_of(10))
+        router.done(wait(router))  # the router's memory is home
+    post(router, message_of(11))
+    assert torch.equal(wait(worker), message_of(11))
+
+
 def test_large_messages_leave_no_more_than_the_bound_behind(
     links: Links,
 ) -> None:
