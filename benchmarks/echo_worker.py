@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -24,17 +25,19 @@ from expert_worker.step_loop import serve
 HOST = "127.0.0.1"
 LAYER, TERM, EPOCH, INCARNATION, JOIN_S = 1, 1, 1, 1, 120.0
 DTYPE = torch.bfloat16
+LINKED, COLLECTIVE = (LINKS, SHARED_MEMORY), "collective"
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """One group: how many workers, experts, choices per token, and the length of a row."""
+    """One group: workers, experts, choices per token, the length of a row, and how these travel."""
 
     port: int
     ep_size: int
     n_routed_experts: int
     num_experts_per_tok: int
     hidden_size: int
+    transports: Sequence[str]
 
     @property
     def placement(self) -> Placement:
@@ -57,6 +60,12 @@ def start(bench: Bench, ep_rank: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-m", "benchmarks.echo_worker", spec])
 
 
+@torch.inference_mode()  # as in the services
+def answer(exchange: ExpertExchange) -> None:
+    """Send rows home as they came."""
+    serve(exchange, lambda received: received.rows, lambda: False)
+
+
 def main() -> None:
     """Serve until killed."""
     torch.set_num_threads(1)
@@ -65,19 +74,20 @@ def main() -> None:
     bench = Bench(**spec)
     experts = bench.placement.experts_of(ep_rank)
     ends: list[ExpertExchange] = []
-    for transport in (LINKS, SHARED_MEMORY):
+    for transport in LINKED:
+        if transport not in bench.transports:
+            continue
         exchange = LinksExpertExchange(lambda *_: None)
         link = link_choice.join_router(bench.meeting(ep_rank, transport))
         exchange.add_router(TERM, EPOCH, INCARNATION, link, bench.shape, experts)
         ends.append(exchange)
-    collective = CollectiveExpertExchange(lambda *_: None)
-    group = join_group(HOST, bench.port, "group", 1 + ep_rank, 1 + bench.ep_size, JOIN_S, HOST)
-    collective.add_router(TERM, EPOCH, INCARNATION, group, bench.shape, experts)
-    ends.append(collective)
+    if COLLECTIVE in bench.transports:
+        collective = CollectiveExpertExchange(lambda *_: None)
+        group = join_group(HOST, bench.port, "group", 1 + ep_rank, 1 + bench.ep_size, JOIN_S, HOST)
+        collective.add_router(TERM, EPOCH, INCARNATION, group, bench.shape, experts)
+        ends.append(collective)
     for end in ends:
-        threading.Thread(
-            target=serve, args=(end, lambda received: received.rows, lambda: False), daemon=True
-        ).start()
+        threading.Thread(target=answer, args=(end,), daemon=True).start()
     threading.Event().wait()
 
 
