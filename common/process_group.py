@@ -21,8 +21,8 @@ from common.errors import LinkError
 IDLE = timedelta(days=20)
 """An idle receiver waits without a deadline; Gloo wants a number."""
 
-MOST_FREE = 4
-"""Receive buffers of one size class that a link keeps; pages nobody wrote to take no memory."""
+MOST_FREE, MOST_FREE_BYTES = 4, 1 << 25
+"""Receive buffers of one size class that a link keeps, and the largest of them that it does."""
 
 _devices: dict[str, Any] = {}
 _devices_lock = threading.Lock()
@@ -121,6 +121,8 @@ class PairLink:
 
     def done(self, message: Tensor) -> None:
         """Keep the memory of a message for later ones."""
+        if message.numel() > MOST_FREE_BYTES:
+            return
         with self._lock:
             free = self._free.setdefault(message.numel(), [])
             if len(free) < MOST_FREE:

@@ -15,7 +15,7 @@ from torch import Tensor
 from common.errors import LinkError
 
 LEAST_BYTES = 1 << 16
-MOST_FREE_BYTES = 1 << 26
+MOST_FREE_BYTES = 1 << 25
 """Free memory that is kept for the next messages; pages nobody wrote to take none."""
 
 
