@@ -1,8 +1,8 @@
-"""Round trip of one MoE layer through the exchange, without experts: links beside collective beside a socket.
+"""Round trip of one MoE layer through the exchange, without experts: every transport, and a bare socket.
 
 `python -m benchmarks.bench_exchange [--workers 2 8 40] [--tokens 1 8 64 512] [--repetitions 200]`
-Prints a markdown table; the three alternate within one run, and so do the forms that rows travel in at
-ep_level 2. Shapes: T tokens, K choices, D hidden_size.
+Prints a markdown table; all alternate within one run, and so do the forms that rows travel in at ep_level 2.
+Shapes: T tokens, K choices, D hidden_size.
 """
 
 from __future__ import annotations
@@ -15,20 +15,32 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.echo_worker import EPOCH, HOST, INCARNATION, JOIN_S, LAYERS, TERM, Bench, start
+from benchmarks.echo_worker import (
+    COLLECTIVE,
+    EPOCH,
+    HOST,
+    INCARNATION,
+    JOIN_S,
+    LAYERS,
+    LINKED,
+    TERM,
+    Bench,
+    start,
+)
 from common import process_group
-from common.exchange import ALL_GATHER, ALL_TO_ALL, RouterExchange, StepHeader
+from common.exchange import ALL_GATHER, ALL_TO_ALL, RouterExchange, StepHeader, link_choice
 from common.exchange.collective import CollectiveRouterExchange, join_group
 from common.exchange.links import LinksRouterExchange
 
 HIDDEN_SIZE, TOP_K, NUM_EXPERTS = 2048, 6, 64
+TRANSPORTS = (*LINKED, COLLECTIVE)
 BLOCKS = 10
 WARM_UP = 20
 SIZES = struct.Struct("<QQ")
@@ -82,23 +94,28 @@ def message_bytes(level: int, form: str, num_tokens: int, ep_size: int) -> tuple
 
 
 @contextmanager
-def exchanges(ep_size: int) -> Iterator[dict[str, RouterExchange]]:
-    """Both exchanges with the same workers."""
+def exchanges(ep_size: int, transports: Sequence[str] = TRANSPORTS) -> Iterator[dict[str, RouterExchange]]:
+    """An exchange for each transport, with the same workers."""
     store = process_group.open_store(HOST)
-    bench = Bench(store.port, ep_size, max(NUM_EXPERTS, ep_size), TOP_K, HIDDEN_SIZE)
+    bench = Bench(store.port, ep_size, max(NUM_EXPERTS, ep_size), TOP_K, HIDDEN_SIZE, transports)
     children = [start(bench, ep_rank) for ep_rank in range(ep_size)]
     try:
-        links = [
-            process_group.join_pair(HOST, store.port, f"link-{ep_rank}", 0, JOIN_S, HOST)
-            for ep_rank in range(ep_size)
-        ]
-        names, incarnations = [f"w{rank}" for rank in range(ep_size)], [INCARNATION] * ep_size
-        group = join_group(HOST, store.port, "group", 0, 1 + ep_size, JOIN_S, HOST)
-        facts = (names, bench.placement, bench.shape, TERM, incarnations, 60.0, None)
-        yield {
-            "links": LinksRouterExchange(links, *facts),
-            "collective": CollectiveRouterExchange(group, *facts),
+        links = {
+            transport: [
+                link_choice.join_worker(bench.meeting(ep_rank, transport)) for ep_rank in range(ep_size)
+            ]
+            for transport in LINKED
+            if transport in transports
         }
+        names, incarnations = [f"w{rank}" for rank in range(ep_size)], [INCARNATION] * ep_size
+        facts = (names, bench.placement, bench.shape, TERM, incarnations, 60.0, None)
+        made: dict[str, RouterExchange] = {
+            transport: LinksRouterExchange(joined, *facts) for transport, joined in links.items()
+        }
+        if COLLECTIVE in transports:
+            group = join_group(HOST, store.port, "group", 0, 1 + ep_size, JOIN_S, HOST)
+            made[COLLECTIVE] = CollectiveRouterExchange(group, *facts)
+        yield made
     finally:
         for child in children:
             child.kill()
@@ -158,6 +175,7 @@ def percentile_99(values: list[float]) -> float:
     return sorted(values)[min(int(len(values) * 0.99), len(values) - 1)]
 
 
+@torch.inference_mode()  # as in the services
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -165,14 +183,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64, 512])
     parser.add_argument("--levels", type=int, nargs="+", default=[ALL_GATHER, ALL_TO_ALL])
     parser.add_argument("--repetitions", type=int, default=200)
+    parser.add_argument("--transports", nargs="+", default=TRANSPORTS, choices=TRANSPORTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    names = ("links", "collective", "socket")
+    names = (*options.transports, "socket")
     print(f"| workers | level | tokens | rows | {' | '.join(f'{name} us (p99)' for name in names)} |")
     print("|---|---|---|---|" + "---|" * len(names))
     bare = BareSocket()
     for ep_size in options.workers:
-        with exchanges(ep_size) as pair:
+        with exchanges(ep_size, options.transports) as pair:
             run = Run(pair, bare, options.repetitions)
             for level, num_tokens in itertools.product(options.levels, options.tokens):
                 forms = [*LAYERS] if level == ALL_TO_ALL else ["bfloat16"]

@@ -29,6 +29,7 @@ keys to values: {"ServerConfig.port": 0, "ModelConfig.worldSize": 4, "ExpertMesh
 | data_address                     | ExpertMesh.dataAddress                    | 127.0.0.1                  |
 | device, dtype                    | ExpertMesh.device, .dtype                 | "cpu", "auto"              |
 | exchange                         | ExpertMesh.exchange                       | "links" on a CPU           |
+| same_host_transport              | ExpertMesh.sameHostTransport              | "auto"                     |
 | micro_batches                    | ExpertMesh.microBatches                   | 1: a step is not cut       |
 | chunk_rows                       | ExpertMesh.chunkRows                      | 4096 (0: not cut)          |
 | redundant_experts                | ExpertMesh.redundantExperts               | 0                          |
@@ -117,6 +118,7 @@ class Config(BaseModel):
     device: Annotated[str, At("ExpertMesh.device", FLEET)]
     dtype: Annotated[str, At("ExpertMesh.dtype", FLEET)]
     exchange: Annotated[str, At("ExpertMesh.exchange", FLEET)]
+    same_host_transport: Annotated[str, At("ExpertMesh.sameHostTransport", FLEET)]
     micro_batches: Annotated[int, At("ExpertMesh.microBatches", HOT)]
     chunk_rows: Annotated[int, At("ExpertMesh.chunkRows", HOT)]
     redundant_experts: Annotated[int, At("ExpertMesh.redundantExperts", ROUTER)]

@@ -22,6 +22,7 @@ class ExpertMeshSection(Section, extra="forbid"):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     experts_in_process: bool = False
     exchange: Literal["auto", "links", "collective"] = "auto"
+    same_host_transport: Literal["auto", "sharedMemory", "links"] = "auto"
     micro_batches: int = Field(default=1, ge=1, le=8)
     chunk_rows: int = Field(default=4096, ge=0)
     grouped_matmul: Literal["auto", "on", "off"] = "auto"

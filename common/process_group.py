@@ -9,8 +9,10 @@ import threading
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._C import _distributed_c10d as dist
 
@@ -18,6 +20,9 @@ from common.errors import LinkError
 
 IDLE = timedelta(days=20)
 """An idle receiver waits without a deadline; Gloo wants a number."""
+
+MOST_FREE, MOST_FREE_BYTES = 4, 1 << 25
+"""Receive buffers of one size class that a link keeps, and the largest of them that it does."""
 
 _devices: dict[str, Any] = {}
 _devices_lock = threading.Lock()
@@ -53,42 +58,86 @@ class PendingTransfer:
 
 
 class PairLink:
-    """One connected pair: `post_send` and `post_recv` in order, from any thread."""
+    """One connected pair over Gloo, as a common.exchange.message_link.MessageLink.
 
-    def __init__(self, group: Any, rank: int, device: Any) -> None:
+    A message goes in order, from any thread. Gloo has to be given the memory of a message before it comes,
+    and can only be waited for.
+    """
+
+    readable = None
+    is_backlogged = False
+
+    def __init__(self, group: Any, rank: int, device: Any, transport: str) -> None:
+        self.transport = transport
         self._group: Any = group
         self._device = device
         self._peer = 1 - rank
+        self._lock = threading.Lock()
+        self._posted: list[PendingTransfer] = []
+        self._expected: SimpleQueue[PendingTransfer | None] = SimpleQueue()
+        self._free: dict[int, list[Tensor]] = {}
 
-    def post_send(self, buffer: Tensor) -> PendingTransfer:
-        """Begin to send a flat uint8 CPU tensor; it must not change until the transfer was waited for."""
+    def message(self, num_bytes: int) -> Tensor:
+        """Memory for the next message."""
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def post(self, message: Tensor) -> None:
+        """Begin to send; the message must not change until it was let go of. Raises LinkError."""
         group = self._open_group()
         try:
-            return PendingTransfer(group.send([buffer], self._peer, 0), buffer, group)
+            transfer = PendingTransfer(group.send([message], self._peer, 0), message, group)
         except RuntimeError as error:
             raise LinkError(f"the link failed: {first_line(error)}") from error
+        with self._lock:
+            self._posted.append(transfer)
 
-    def post_recv(self, buffer: Tensor) -> PendingTransfer:
-        """Begin to receive into a flat uint8 CPU tensor at least as large as the message."""
+    def settle(self, timeout_s: float) -> None:
+        """Wait until Gloo has taken the bytes of everything posted. Raises LinkError."""
+        with self._lock:
+            posted, self._posted = self._posted, []
+        for transfer in posted:
+            transfer.wait(timeout_s)
+
+    def expect(self, num_bytes: int) -> None:
+        """Give Gloo memory for one more message, of its size class: made once, then used again."""
+        size = 1 << max(num_bytes - 1, 0).bit_length()
+        with self._lock:
+            free = self._free.get(size)
+            buffer = free.pop() if free else torch.empty(size, dtype=torch.uint8)
         group = self._open_group()
         try:
-            return PendingTransfer(group.recv([buffer], self._peer, 0), buffer, group)
+            transfer = PendingTransfer(group.recv([buffer], self._peer, 0), buffer, group)
         except RuntimeError as error:
             raise LinkError(f"the link failed: {first_line(error)}") from error
+        self._expected.put(transfer)
 
-    def send(self, buffer: Tensor, timeout_s: float) -> None:
-        """Send and wait until Gloo has taken the bytes. Raises LinkError."""
-        self.post_send(buffer).wait(timeout_s)
+    def receive(self) -> Tensor:
+        """Wait for the next message that is expected. Raises LinkError."""
+        transfer = self._expected.get()
+        if transfer is None:
+            raise LinkError("the link is closed: join a new one")
+        transfer.wait()  # a peer that has nothing to say costs nothing: no deadline here
+        return transfer.buffer
 
-    def recv(self, buffer: Tensor, timeout_s: float | None) -> None:
-        """Receive one message; None waits without a deadline. Raises LinkError."""
-        self.post_recv(buffer).wait(timeout_s)
+    def done(self, message: Tensor) -> None:
+        """Keep the memory of a message for later ones."""
+        if message.numel() > MOST_FREE_BYTES:
+            return
+        with self._lock:
+            free = self._free.setdefault(message.numel(), [])
+            if len(free) < MOST_FREE:
+                free.append(message)
 
     def close(self) -> None:
         """Drop the group from a thread of its own: dropping one with a pending operation may block."""
-        owned, self._group = [self._group], None  # no name but the reaper's may keep the group alive
-        if owned[0] is not None:
-            release(owned)
+        with self._lock:
+            owned, self._group = [self._group, *self._posted], None  # only the reaper keeps the group alive
+            self._posted = []
+        with contextlib.suppress(Empty):
+            while True:
+                owned.append(self._expected.get_nowait())
+        self._expected.put(None)
+        release(owned)
 
     def _open_group(self) -> Any:
         group = self._group
@@ -121,7 +170,30 @@ def open_store(host: str) -> StoreServer:
     return StoreServer(host, port, store)
 
 
-def join_pair(host: str, port: int, prefix: str, rank: int, timeout_s: float, data_address: str) -> PairLink:
+def reach_store(host: str, port: int, timeout_s: float) -> dist.TCPStore:
+    """Connect to a store. Raises LinkError."""
+    try:
+        return dist.TCPStore(
+            host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+        )
+    except (OSError, RuntimeError) as error:
+        raise LinkError(f"the store {host}:{port} cannot be reached: {first_line(error)}") from error
+
+
+def scope(store: dist.TCPStore, prefix: str) -> dist.PrefixStore:
+    """The store as one link sees it."""
+    return dist.PrefixStore(prefix, store)
+
+
+def join_pair(
+    host: str,
+    port: int,
+    prefix: str,
+    rank: int,
+    timeout_s: float,
+    data_address: str,
+    transport: str = "links",
+) -> PairLink:
     """Join the two-rank group `prefix`; rank 0 is the router and deletes the keys once both are up.
 
     Raises:
@@ -129,8 +201,8 @@ def join_pair(host: str, port: int, prefix: str, rank: int, timeout_s: float, da
     """
     timeout = timedelta(seconds=timeout_s)
     try:
-        store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
-        scoped = dist.PrefixStore(prefix, store)
+        store = reach_store(host, port, timeout_s)
+        scoped = scope(store, prefix)
         device = gloo_device(data_address)
         gloo: Any = dist.ProcessGroupGloo
         options = gloo._Options()
@@ -149,7 +221,7 @@ def join_pair(host: str, port: int, prefix: str, rank: int, timeout_s: float, da
             f"link {prefix} over {host}:{port} was not made within {timeout_s:.1f} s: {first_line(error)}"
         ) from error
     calm_loop_threads()
-    return PairLink(group, rank, device)
+    return PairLink(group, rank, device, transport)
 
 
 def gloo_device(data_address: str) -> Any:

@@ -40,7 +40,13 @@ class Agent:
         self.worker_id = config.worker_id or _make_worker_id(config)
         self._data_address = own_address(config.data_address)
         self.executor = ExecutorLink(
-            Configure(config.device, config.threads, self._data_address, exchange=config.exchange),
+            Configure(
+                config.device,
+                config.threads,
+                self._data_address,
+                config.exchange,
+                config.same_host_transport,
+            ),
             executor_module,
         )
         self._token = fleet_token(config)

@@ -109,10 +109,12 @@ class Executor:
 
     def _open(self, configure: Configure) -> JoinLink | JoinGroup:
         if configure.exchange == "links":
-            return JoinLink(LinksExpertExchange(self._link_closed), configure.data_address)
+            exchange = LinksExpertExchange(self._link_closed)
+            return JoinLink(exchange, configure.data_address, configure.same_host_transport)
         device = find_device(configure.device)
-        exchange = CollectiveExpertExchange(self._link_closed)
-        return JoinGroup(exchange, configure.data_address, device.collective)
+        return JoinGroup(
+            CollectiveExpertExchange(self._link_closed), configure.data_address, device.collective
+        )
 
     def _start(self, configure: Configure, joining: JoinLink | JoinGroup) -> EpochLoading:
         if configure.threads is not None:

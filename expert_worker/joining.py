@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from common import process_group
 from common.errors import ConfigError
 from common.exchange.collective import CollectiveExpertExchange, join_group
+from common.exchange.link_choice import Meeting, join_router
 from common.exchange.links import LinksExpertExchange
 from common.exchange.routing import RowShape
 from expert_worker.messages import Prepare
@@ -15,10 +15,11 @@ from expert_worker.messages import Prepare
 class JoinLink:
     """Joins over a link of its own with each router."""
 
-    def __init__(self, exchange: LinksExpertExchange, data_address: str) -> None:
-        """Hand links to `exchange`; `data_address` is this host's."""
+    def __init__(self, exchange: LinksExpertExchange, data_address: str, same_host: str) -> None:
+        """Hand links to `exchange`; `data_address` is this host's, same_host is sameHostTransport."""
         self.exchange = exchange
         self._data_address = data_address
+        self._same_host = same_host
 
     def join(self, message: Prepare, shape: RowShape, check: Callable[[], None]) -> None:
         """Join the router; `check` raises where the epoch is wanted no longer once the link is up.
@@ -28,13 +29,15 @@ class JoinLink:
             ConfigError: the router exchanges rows in another way.
         """
         _check_exchange(message, "links")
-        link = process_group.join_pair(
-            message.host,
-            message.port,
-            prefix=message.prefix,
-            rank=1,
-            timeout_s=message.timeout_s,
-            data_address=self._data_address,
+        link = join_router(
+            Meeting(
+                message.host,
+                message.port,
+                prefix=message.prefix,
+                timeout_s=message.timeout_s,
+                data_address=self._data_address,
+                same_host=self._same_host,
+            )
         )
         try:
             check()

@@ -17,12 +17,14 @@ class Configure:
         threads: torch threads; None leaves torch's default.
         data_address: address of this host on the data plane.
         exchange: how rows arrive, "links" or "collective".
+        same_host_transport: of links, "auto", "sharedMemory" or "links".
     """
 
     device: str
     threads: int | None
     data_address: str
     exchange: str
+    same_host_transport: str
 
 
 @dataclass(frozen=True, slots=True)

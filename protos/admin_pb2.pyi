@@ -476,6 +476,7 @@ class ExpertWorkerStatus(_message.Message):
     LAST_STEP_FIELD_NUMBER: _builtins.int
     ARITHMETIC_FIELD_NUMBER: _builtins.int
     GROUPED_MATMUL_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
     ep_rank: _builtins.int
     """Its place in the expert-parallel group; -1 while it has none."""
     worker_id: _builtins.str
@@ -500,6 +501,8 @@ class ExpertWorkerStatus(_message.Message):
     """Hash of a fixed computation; workers with the same hash give bitwise the same results."""
     grouped_matmul: _builtins.str
     """How it runs the experts of a layer, and why: in one fused call, or in one product after another."""
+    transport: _builtins.str
+    """What carries its rows: "sharedMemory", "collective", or "links", with the reason where it is on no other."""
     @_builtins.property
     def last_step(self) -> Global___StepTimes:
         """Seconds its part of the last step spent receiving, computing and replying."""
@@ -520,10 +523,11 @@ class ExpertWorkerStatus(_message.Message):
         last_step: Global___StepTimes | None = ...,
         arithmetic: _builtins.str = ...,
         grouped_matmul: _builtins.str = ...,
+        transport: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["last_step", b"last_step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "arithmetic", b"arithmetic", "device", b"device", "ep_rank", b"ep_rank", "grouped_matmul", b"grouped_matmul", "incarnation", b"incarnation", "last_heartbeat_s", b"last_heartbeat_s", "last_step", b"last_step", "loaded_bytes", b"loaded_bytes", "num_local_experts", b"num_local_experts", "state", b"state", "total_bytes", b"total_bytes", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "arithmetic", b"arithmetic", "device", b"device", "ep_rank", b"ep_rank", "grouped_matmul", b"grouped_matmul", "incarnation", b"incarnation", "last_heartbeat_s", b"last_heartbeat_s", "last_step", b"last_step", "loaded_bytes", b"loaded_bytes", "num_local_experts", b"num_local_experts", "state", b"state", "total_bytes", b"total_bytes", "transport", b"transport", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -60,6 +60,7 @@ class Connector:
                     len(message.members),
                     exchange.last_step_times,
                     exchange.set_deadline_floor,
+                    tuple(exchange.transports()),
                 )
             )
         except Exception as error:

@@ -40,6 +40,7 @@ class Membership:
         ep_size: how many there are.
         step_times: per ep_rank [receive_s, compute_s, reply_s] of the last step.
         set_deadline_floor: give the workers another shortest time to answer from the next rows on.
+        transports: per ep_rank, what carries its rows, and why.
     """
 
     epoch: int
@@ -47,6 +48,7 @@ class Membership:
     ep_size: int
     step_times: Callable[[], list[list[float]]]
     set_deadline_floor: Callable[[float], None]
+    transports: tuple[str, ...] = ()
 
 
 class Engine:

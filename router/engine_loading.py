@@ -175,7 +175,8 @@ def _open_address(configure: Configure) -> LinkAddress | None:
     if configure.experts_in_process:
         return None
     store = process_group.open_store(configure.data_address)
-    return LinkAddress(store, configure.data_address, find_device(configure.device).collective)
+    backend = find_device(configure.device).collective
+    return LinkAddress(store, configure.data_address, backend, configure.same_host_transport)
 
 
 def _experts_in_process(

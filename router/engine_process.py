@@ -131,7 +131,7 @@ class EngineProcess:
                 self._channel.send(LinkFailed(message.epoch, -1, "the experts are in the router's process"))
             case Membership() if connector is not None and connector.wants(message.epoch):
                 engine.adopt(message)
-                self._channel.send(Linked(message.epoch))
+                self._channel.send(Linked(message.epoch, list(message.transports)))
             case Membership():
                 message.exchange.close()
                 self._channel.send(LinkFailed(message.epoch, -1, "the epoch was given up meanwhile"))

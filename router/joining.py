@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from common import process_group
 from common.errors import LinkError
 from common.exchange.collective import CollectiveRouterExchange, join_group
+from common.exchange.link_choice import Meeting, join_worker
 from common.exchange.links import LinksRouterExchange
+from common.exchange.message_link import MessageLink
 from common.exchange.routing import RowShape
 from common.placement import Placement
-from common.process_group import PairLink, StoreServer
+from common.process_group import StoreServer
 from common.timeline import Timeline
 from router.messages import Connect
 
@@ -37,11 +38,13 @@ class LinkAddress:
     Attributes:
         data_address: this host's address on the data plane.
         backend: of a group, as torch.distributed calls it: gloo, nccl or hccl.
+        same_host: of links, ExpertMesh.sameHostTransport.
     """
 
     store: StoreServer
     data_address: str
     backend: str
+    same_host: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,7 @@ def join_links(message: Connect, address: LinkAddress, end: RouterEnd) -> LinksR
         MemberMissing: a worker did not come in time.
     """
     deadline = time.monotonic() + message.timeout_s
-    links: list[PairLink] = []
+    links: list[MessageLink] = []
     try:
         for member in message.members:
             link = _join_link(member, address, deadline)
@@ -137,14 +140,16 @@ def placement_of(message: Connect) -> Placement:
     return Placement(layers)
 
 
-def _join_link(member: dict[str, int | str], address: LinkAddress, deadline: float) -> PairLink:
-    return process_group.join_pair(
-        address.store.host,
-        address.store.port,
-        prefix=str(member["prefix"]),
-        rank=0,
-        timeout_s=max(deadline - time.monotonic(), LEAST_WAIT_S),
-        data_address=address.data_address,
+def _join_link(member: dict[str, int | str], address: LinkAddress, deadline: float) -> MessageLink:
+    return join_worker(
+        Meeting(
+            address.store.host,
+            address.store.port,
+            prefix=str(member["prefix"]),
+            timeout_s=max(deadline - time.monotonic(), LEAST_WAIT_S),
+            data_address=address.data_address,
+            same_host=address.same_host,
+        )
     )
 
 

@@ -53,6 +53,7 @@ class Configure:
         tune: the fields of the Tune that holds from the first step on.
         data_address: address on which links to expert workers are agreed on.
         exchange: how rows reach expert workers, "links" or "collective".
+        same_host_transport: of links, "auto", "sharedMemory" or "links".
         experts_in_process: keep the routed experts in this process (loopback) instead of on expert workers.
         trace_file: where the timeline of the first steps is written, or None.
     """
@@ -68,6 +69,7 @@ class Configure:
     term: int
     data_address: str
     exchange: str
+    same_host_transport: str
     experts_in_process: bool
     trace_file: str | None
 
@@ -177,9 +179,14 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Linked:
-    """All links of the epoch are up; the next step's header commits it."""
+    """All links of the epoch are up; the next step's header commits it.
+
+    Attributes:
+        transports: per ep_rank, what carries its rows, and why.
+    """
 
     epoch: int
+    transports: list[str]
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,7 +82,7 @@ class FakeEngine:
                 self.put_in_force(Tune(**message.tune))
             case Connect():
                 self.epoch = message.epoch
-                send(Linked(message.epoch))
+                send(Linked(message.epoch, []))
             case Disconnect():
                 self.lose(-1, message.reason)
             case Submit():

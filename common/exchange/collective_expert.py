@@ -21,8 +21,8 @@ from common.errors import ExchangeError, LinkError, MessageError
 from common.exchange import ALL_GATHER, Received, StepHeader, checks, wire
 from common.exchange import collective_message as message
 from common.exchange.arrival import Arrival
-from common.exchange.arrival_queue import ArrivalQueue
 from common.exchange.collective_group import CollectiveGroup, PendingCollective
+from common.exchange.inbox import Inbox
 from common.exchange.routing import RowShape
 from common.exchange.token_passes import TokenPasses
 from common.process_group import release
@@ -63,7 +63,7 @@ class CollectiveExpertExchange:
     def __init__(self, on_closed: Callable[[int, int, str], None]) -> None:
         """Call `on_closed(term, epoch, reason)` from a receive thread when a group ended by itself."""
         self._on_closed = on_closed
-        self._arrivals: ArrivalQueue[_Arrival] = ArrivalQueue()
+        self._arrivals: Inbox[_Arrival] = Inbox()
         self._routers: list[_Router] = []
         self._lock = threading.Lock()
         self._count = 0

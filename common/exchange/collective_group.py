@@ -5,6 +5,7 @@ NCCL and HCCL groups are made the way torch and torch_npu make theirs, but have 
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,10 @@ from torch._C import _distributed_c10d as dist
 
 from common.errors import LinkError
 from common.process_group import IDLE, calm_loop_threads, delete_keys, first_line, gloo_device, release
+
+logger = logging.getLogger(__name__)
+
+GOODBYE_S = 1.0
 
 LEAST_WAIT_S = 0.001
 
@@ -150,6 +155,17 @@ class CollectiveGroup:
         """Let every later collective fail after this time."""
         for lane in (self.metadata, self.dispatch, self.combine):
             lane.limit(timedelta(seconds=timeout_s))
+
+    def leave(self, goodbye: Sequence[Tensor] | None) -> None:
+        """Scatter a goodbye, one part for each worker, as far as that goes in GOODBYE_S; then close."""
+        try:
+            if goodbye is not None:
+                self.metadata.scatter(torch.cat([*goodbye]), [part.numel() for part in goodbye]).wait(
+                    GOODBYE_S
+                )
+        except LinkError as error:
+            logger.debug("no goodbye: %s", error)
+        self.close()
 
     def close(self) -> None:
         """Drop all lanes; never blocks."""

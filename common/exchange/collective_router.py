@@ -7,7 +7,6 @@ Shapes: T tokens, K experts per token, R rows, D hidden_size, W workers, E_local
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import deque
@@ -34,9 +33,6 @@ from common.placement import Placement
 from common.process_group import release
 from common.timeline import Timeline
 
-logger = logging.getLogger(__name__)
-
-GOODBYE_S = 1.0
 LIMIT_S = CEILING_S + 60.0
 """When Gloo gives up by itself: later than any deadline here, soon enough to free what a lost group holds."""
 DEATH_PROBES = 4
@@ -197,6 +193,10 @@ class CollectiveRouterExchange:
             combined = torch.zeros(dispatched.num_tokens, self._shape.hidden_size)
         self._record("combine", start_ns, dispatched.layer_id)
         return combined
+
+    def transports(self) -> list[str]:
+        """Per ep_rank, what carries its rows."""
+        return ["collective"] * len(self._names)
 
     def last_step_times(self) -> list[list[float]]:
         """Per ep_rank, seconds of the last step: [receive, compute, reply]."""
@@ -361,7 +361,7 @@ class CollectiveRouterExchange:
         self._sends.clear()
         self._requests.clear()
         release(pending)
-        threading.Thread(target=_leave, args=(self._group, goodbye), name="goodbye", daemon=True).start()
+        threading.Thread(target=self._group.leave, args=(goodbye,), name="goodbye", daemon=True).start()
 
     def _record(self, name: str, start_ns: int, layer_id: int) -> None:
         if self._timeline is not None:
@@ -385,13 +385,3 @@ def _wait_all(waits: SimpleQueue[PendingCollective | None], arrivals: SimpleQueu
             arrivals.put((error, time.monotonic_ns()))
             return
         arrivals.put((None, time.monotonic_ns()))
-
-
-def _leave(group: CollectiveGroup, goodbye: list[Tensor] | None) -> None:
-    try:
-        if goodbye is not None:
-            splits = [part.numel() for part in goodbye]
-            group.metadata.scatter(torch.cat(goodbye), splits).wait(GOODBYE_S)
-    except LinkError as error:
-        logger.debug("no goodbye: %s", error)
-    group.close()

@@ -1,4 +1,4 @@
-"""The expert worker's end of the links: a receive thread per router, one queue for the computing thread.
+"""The expert worker's end of the links: one per router, one inbox for the computing thread.
 
 Shapes: T tokens, K experts per token, R rows, D hidden_size, E_local experts a worker holds.
 """
@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,35 +17,31 @@ from torch import Tensor
 from common.errors import ExchangeError, LinkError, MessageError
 from common.exchange import ALL_GATHER, Received, StepHeader, checks, wire
 from common.exchange.arrival import Arrival
-from common.exchange.arrival_queue import ArrivalQueue
+from common.exchange.deadline import CEILING_S
+from common.exchange.inbox import Inbox
+from common.exchange.message_link import MessageLink
 from common.exchange.routing import RowShape
 from common.exchange.token_passes import TokenPasses
-from common.process_group import PairLink, PendingTransfer, release
 
 logger = logging.getLogger(__name__)
 
 GOODBYE_S = 1.0
-MOST_FREE = 4
-"""Receive buffers of one size class that a link keeps; pages nobody wrote to take no memory."""
 
 
 @dataclass(slots=True)
 class _Router:
-    """A router as its receive thread sees it."""
+    """A router as its messages show it."""
 
     number: int
     term: int
     epoch: int
     incarnation: int
-    link: PairLink
+    link: MessageLink
     shape: RowShape
     experts: Mapping[int, tuple[int, ...]]
     step: StepHeader | None = None
     capacity: int = wire.HEADER_BYTES
     is_dropped: bool = False
-    replies: list[PendingTransfer] = field(default_factory=list)
-    free: dict[int, list[Tensor]] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 @dataclass(slots=True, eq=False)
@@ -58,12 +53,12 @@ class _Arrival(Arrival):
 
 
 class LinksExpertExchange:
-    """An ExpertExchange over pair links; a link that misbehaves is dropped, the others go on."""
+    """An ExpertExchange over links; one that misbehaves is dropped, the others go on."""
 
     def __init__(self, on_closed: Callable[[int, int, str], None]) -> None:
-        """Call `on_closed(term, epoch, reason)` from a receive thread when a link ended by itself."""
+        """Call `on_closed(term, epoch, reason)`, from any thread, when a link ended by itself."""
         self._on_closed = on_closed
-        self._arrivals: ArrivalQueue[_Arrival] = ArrivalQueue()
+        self._arrivals: Inbox[_Arrival] = Inbox()
         self._routers: list[_Router] = []
         self._lock = threading.Lock()
         self._count = 0
@@ -74,7 +69,7 @@ class LinksExpertExchange:
         term: int,
         epoch: int,
         incarnation: int,
-        link: PairLink,
+        link: MessageLink,
         shape: RowShape,
         experts: Mapping[int, tuple[int, ...]],
     ) -> None:
@@ -85,9 +80,8 @@ class LinksExpertExchange:
             router = _Router(self._count, term, epoch, incarnation, link, shape, experts)
             self._count += 1
             self._routers.append(router)
-        threading.Thread(
-            target=self._receive_all, args=(router,), name=f"router-{term}-{epoch}", daemon=True
-        ).start()
+        link.expect(router.capacity)
+        self._arrivals.watch(link, partial(self._open, router))
 
     def forget(self, term: int) -> None:
         """Drop every link of a term."""
@@ -111,16 +105,14 @@ class LinksExpertExchange:
         if body is None:
             self._arrivals.put_back(arrival)
             return
-        buffer = torch.empty(wire.total_bytes(body), dtype=torch.uint8)
-        message = wire.pack(buffer, arrival.header, body)
-        with router.lock:
-            if router.is_dropped:
-                return
-            try:
-                router.replies.append(router.link.post_send(message))
-            except LinkError:
-                return  # the receive thread sees the same failure and reports it
-            _give_back(router, arrival.buffer)
+        router = _router_of(arrival)
+        try:
+            message = wire.pack(router.link.message(wire.total_bytes(body)), arrival.header, body)
+            if arrival.buffer is not None:
+                router.link.done(arrival.buffer)
+            router.link.post(message)
+        except LinkError:
+            return  # what receives on the link sees the same failure and reports it
 
     def close(self) -> None:
         """Drop every link and wake the thread in `receive`."""
@@ -133,39 +125,46 @@ class LinksExpertExchange:
             dropped = [router for router in self._routers if is_wanted(router)]
             self._routers = [router for router in self._routers if router not in dropped]
         for router in dropped:
-            _drop(router, says_goodbye=True)
+            router.is_dropped = True
+            self._arrivals.forget(router.link)
+            header = wire.Header(wire.GOODBYE, router.term, router.epoch, router.incarnation, 0)
+            threading.Thread(target=say_goodbye, args=(router.link, header), daemon=True).start()
 
-    def _receive_all(self, router: _Router) -> None:
-        reason = ""
+    def _open(self, router: _Router, message: Tensor | LinkError, received_ns: int) -> _Arrival | None:
+        """Take in what a router sent, from whichever thread receives on its link."""
         try:
-            while not router.is_dropped:
-                self._receive_one(router)
+            if isinstance(message, LinkError):
+                raise message
+            return None if router.is_dropped else self._opened(router, message, received_ns)
         except ExchangeError as error:
-            reason = str(error)
+            self._ended(router, str(error))
+            return None
+
+    def _ended(self, router: _Router, reason: str) -> None:
         with self._lock:
             was_known = router in self._routers
             self._routers = [other for other in self._routers if other is not router]
-        _drop(router, says_goodbye=False)
         if was_known:
+            router.is_dropped = True
+            self._arrivals.forget(router.link)
+            router.link.close()
             logger.warning("link of term %d, epoch %d ended: %s", router.term, router.epoch, reason)
             self._on_closed(router.term, router.epoch, reason)
 
-    def _receive_one(self, router: _Router) -> None:
-        buffer = _take_buffer(router)
-        router.link.recv(buffer, None)  # an idle router costs nothing: no deadline here
-        received_ns = time.monotonic_ns()
-        with router.lock:
-            replies, router.replies = router.replies, []
-        for reply in replies:
-            reply.wait(None)  # the router posted its receive before it sent the rows
+    def _opened(self, router: _Router, buffer: Tensor, received_ns: int) -> _Arrival | None:
+        router.link.settle(CEILING_S)  # the router was ready for every reply before it sent the rows
         header = wire.unpack_header(buffer)
         checks.check_origin(header, router.term, router.epoch, router.incarnation)
+        arrival = None
         if header.kind == wire.STEP:
             self._begin(router, header)
+            router.link.done(buffer)
         elif header.kind == wire.ROWS:
-            self._arrivals.put(_rows_of(router, header, buffer, received_ns))
+            arrival = _rows_of(router, header, buffer, received_ns)
         else:
             raise MessageError(f"the router ended the link (message kind {header.kind})")
+        router.link.expect(router.capacity)
+        return arrival
 
     def _begin(self, router: _Router, header: wire.Header) -> None:
         step = checks.check_step(header, router.step)
@@ -178,20 +177,6 @@ def _router_of(arrival: _Arrival) -> _Router:
     if arrival.router is None:
         raise MessageError("rows without a router")
     return arrival.router
-
-
-def _take_buffer(router: _Router) -> Tensor:
-    """A receive buffer of the step's size class: made once, then used again."""
-    with router.lock:
-        free = router.free.get(router.capacity)
-        return free.pop() if free else torch.empty(router.capacity, dtype=torch.uint8)
-
-
-def _give_back(router: _Router, buffer: Tensor | None) -> None:
-    if buffer is not None:
-        free = router.free.setdefault(buffer.numel(), [])
-        if len(free) < MOST_FREE:
-            free.append(buffer)
 
 
 def _rows_of(router: _Router, header: wire.Header, buffer: Tensor, received_ns: int) -> _Arrival:
@@ -215,24 +200,12 @@ def _rows_of(router: _Router, header: wire.Header, buffer: Tensor, received_ns: 
     return _Arrival(header, None, None, None, passes, received_ns, router=router, buffer=buffer)
 
 
-def _drop(router: _Router, says_goodbye: bool) -> None:
-    with router.lock:
-        is_first, router.is_dropped = not router.is_dropped, True
-        pending: list[Any] = [*router.replies]
-        router.replies.clear()
-    if says_goodbye and is_first:
-        header = wire.Header(wire.GOODBYE, router.term, router.epoch, router.incarnation, 0)
-        threading.Thread(target=say_goodbye, args=(router.link, header), daemon=True).start()
-    else:
-        router.link.close()
-    release(pending)
-
-
-def say_goodbye(link: PairLink, header: wire.Header) -> None:
+def say_goodbye(link: MessageLink, header: wire.Header) -> None:
     """Tell a living peer that the link ends, which frees its pending receive and ours; then close."""
-    buffer = torch.empty(wire.HEADER_BYTES, dtype=torch.uint8)
     try:
-        link.send(wire.pack(buffer, header), GOODBYE_S)
+        link.post(wire.pack(link.message(wire.HEADER_BYTES), header))
+        link.settle(GOODBYE_S)
     except ExchangeError as error:
         logger.debug("no goodbye: %s", error)
-    link.close()
+    finally:
+        link.close()

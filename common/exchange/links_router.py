@@ -1,7 +1,6 @@
 """The router's end of the links.
 
-One thread per link waits for replies: an expired Gloo wait kills the pair, so a deadline that may be extended
-must be kept outside of Gloo, on the queue between those threads and `combine`.
+Deadlines may be extended, so they are kept here, on the inbox where answers arrive, and not on the links.
 Shapes: T tokens, K experts per token, R rows, D hidden_size, E_local experts of a worker.
 """
 
@@ -11,8 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from queue import Empty, SimpleQueue
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,18 +18,19 @@ from torch import Tensor
 from common.errors import LinkError, MessageError, WorkerLost
 from common.exchange import ALL_GATHER, Dispatched, Extra, RowOrigins, StepHeader, wire
 from common.exchange.deadline import CEILING_S, Deadline
+from common.exchange.inbox import Inbox
 from common.exchange.links_expert import say_goodbye
+from common.exchange.message_link import MessageLink
 from common.exchange.reply_spans import add_reply_spans
 from common.exchange.routing import RowShape, SortedRows, sort_rows, sum_partials, weighted_sum
 from common.exchange.sent_rows import SentRows, gather_rows
 from common.exchange.slot_tables import SlotTables, buffer_rows, count_extra_rounds, message_rows
 from common.placement import Placement
-from common.process_group import PairLink, PendingTransfer, release
 from common.timeline import Timeline
 
 PROBE_S = 0.05
 """Pause between the first two questions for progress, which give the baseline."""
-MOST_UNWAITED_SENDS = 64
+MOST_UNSETTLED = 64
 
 
 @dataclass(slots=True)
@@ -42,6 +41,7 @@ class _InFlight(Dispatched):
     topk_weights: Tensor
     output: Tensor
     partials: dict[int, Tensor] = field(default_factory=dict)
+    buffers: dict[int, Tensor] = field(default_factory=dict)
     missing: int = 0
 
 
@@ -63,24 +63,24 @@ class _Worker:
     ep_rank: int
     name: str
     incarnation: int
-    link: PairLink
+    link: MessageLink
     deadline: Deadline
     requests: dict[tuple[int, int, int], _Request] = field(default_factory=dict)
-    sends: list[PendingTransfer] = field(default_factory=list)
-    receives: SimpleQueue[PendingTransfer | None] = field(default_factory=SimpleQueue)
+    unsettled: int = 0
     progress: int | None = None
     times: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
 
 
 Arrival = tuple[int, Tensor | LinkError, int]
+_Outgoing = tuple[_Worker, wire.Header, tuple[Tensor, ...]]
 
 
 class LinksRouterExchange:
-    """A RouterExchange over pair links. After a WorkerLost it is closed and of no further use."""
+    """A RouterExchange over links. After a WorkerLost it is closed and of no further use."""
 
     def __init__(
         self,
-        links: Sequence[PairLink],
+        links: Sequence[MessageLink],
         names: Sequence[str],
         placement: Placement,
         shape: RowShape,
@@ -102,15 +102,10 @@ class LinksRouterExchange:
         self._step: StepHeader | None = None
         self._message_rows = 1
         self._capacity = wire.HEADER_BYTES
-        self._arrivals: SimpleQueue[Arrival] = SimpleQueue()
+        self._arrivals: Inbox[Arrival] = Inbox()
         self._is_closed = False
         for worker in self._workers:
-            threading.Thread(
-                target=_receive_all,
-                args=(worker.ep_rank, worker.receives, self._arrivals),
-                name=f"replies-{worker.ep_rank}",
-                daemon=True,
-            ).start()
+            self._arrivals.watch(worker.link, partial(_arrival, worker.ep_rank))
 
     def begin(self, header: StepHeader, origins: Sequence[RowOrigins] = ()) -> None:
         """Announce a step on every link. Raises WorkerLost."""
@@ -141,13 +136,14 @@ class LinksRouterExchange:
         flight = _InFlight(layer_id, micro_batch, num_tokens, None, topk_weights, hidden_states)
         keys = self._slots.place(layer_id, micro_batch, topk_ids)
         table = self._slots.table(layer_id)
+        outgoing: list[_Outgoing] = []
         if self._step.ep_level == ALL_GATHER:
             for worker in self._workers:
                 header = self._header(worker, wire.ROWS, layer_id, micro_batch, num_tokens)
                 header.first_key = worker.ep_rank * table.most_local
                 reply_bytes = wire.HEADER_BYTES + num_tokens * self._shape.hidden_size * 8
                 self._request(worker, _Request(flight, header, 0, num_tokens, start_ns), reply_bytes)
-                self._send(worker, header, (keys, topk_weights, hidden_states), "dispatch")
+                outgoing.append((worker, header, (keys, topk_weights, hidden_states)))
         else:
             sorted_rows = sort_rows(keys, table)
             count_extra_rounds(self.extra, self._step, sorted_rows)
@@ -155,7 +151,10 @@ class LinksRouterExchange:
             sent = gather_rows(hidden_states, sorted_rows.token_of, self._shape.quantizer(layer_id))
             flight.output = sent.rows.new_empty(sent.rows.shape, dtype=self._shape.dtype)
             for worker in self._workers:
-                self._dispatch_rows(worker, flight, sorted_rows, sent)
+                outgoing += self._requests_of(worker, flight, sorted_rows, sent)
+        # A message wakes its worker, which then takes turns with this thread: all preparations come before.
+        for each in outgoing:
+            self._send(*each, "dispatch")
         self._record("dispatch", start_ns, "router", layer_id)
         return flight
 
@@ -175,6 +174,8 @@ class LinksRouterExchange:
             )
         else:
             combined = sum_partials([dispatched.partials[rank] for rank in sorted(dispatched.partials)])
+            for rank, buffer in dispatched.buffers.items():
+                self._workers[rank].link.done(buffer)
         self._record("combine", start_ns, "router", dispatched.layer_id)
         return combined
 
@@ -182,6 +183,10 @@ class LinksRouterExchange:
         """Give every worker another shortest time to answer, from the next rows on."""
         for worker in self._workers:
             worker.deadline.floor_s = floor_s
+
+    def transports(self) -> list[str]:
+        """Per ep_rank, what carries its rows, and why."""
+        return [worker.link.transport for worker in self._workers]
 
     def last_step_times(self) -> list[list[float]]:
         """Per ep_rank, seconds of the last step: [receive, compute, reply]."""
@@ -192,36 +197,39 @@ class LinksRouterExchange:
         if self._is_closed:
             return
         self._is_closed = True
+        self._arrivals.close()
         for worker in self._workers:
-            worker.receives.put(None)
+            self._arrivals.forget(worker.link)
             header = wire.Header(wire.GOODBYE, self._term, self._epoch, worker.incarnation, 0)
             threading.Thread(target=say_goodbye, args=(worker.link, header), daemon=True).start()
-            pending: list[Any] = [*worker.sends]
-            worker.sends.clear()
-            release(pending)
 
     @property
     def _epoch(self) -> int:
         return self._step.epoch if self._step is not None else 0
 
-    def _dispatch_rows(
+    def _requests_of(
         self, worker: _Worker, flight: _InFlight, sorted_rows: SortedRows, sent: SentRows
-    ) -> None:
+    ) -> list[_Outgoing]:
+        """Expect a reply to each message that takes a worker its rows, and return these messages."""
+        outgoing: list[_Outgoing] = []
         first, end = sorted_rows.span(worker.ep_rank)
         num_local = self._slots.table(flight.layer_id).num_local[worker.ep_rank]
-        running = sorted_rows.counts[worker.ep_rank, :num_local].cumsum(0)
+        counts = sorted_rows.counts[worker.ep_rank, :num_local]
         rounds = -(-(end - first) // self._message_rows)
+        running = counts.cumsum(0) if rounds > 1 else counts
         for index in range(rounds):
             low = index * self._message_rows
             high = min(low + self._message_rows, end - first)
-            counts = running.clamp(low, high).diff(prepend=torch.tensor([low]))
+            if rounds > 1:
+                counts = running.clamp(low, high).diff(prepend=torch.tensor([low]))
             header = self._header(worker, wire.ROWS, flight.layer_id, flight.micro_batch, flight.num_tokens)
             header.round, header.rounds = index, rounds
             header.num_rows, header.num_experts = high - low, num_local
             header.is_int8 = int(sent.scales is not None)
             request = _Request(flight, header, first + low, high - low, time.monotonic_ns())
             self._request(worker, request, wire.HEADER_BYTES + (high - low) * self._shape.row_bytes)
-            self._send(worker, header, (counts, *sent.arrays(first + low, first + high)), "dispatch")
+            outgoing.append((worker, header, (counts, *sent.arrays(first + low, first + high))))
+        return outgoing
 
     def _bytes_of_class(self, step: StepHeader) -> int:
         top_k, shape = self._shape.num_experts_per_tok, self._shape
@@ -243,9 +251,8 @@ class LinksRouterExchange:
 
     def _request(self, worker: _Worker, request: _Request, reply_bytes: int) -> None:
         # A goodbye may come instead of a reply, and fits: every buffer holds at least a header.
-        buffer = torch.empty(reply_bytes, dtype=torch.uint8)
         try:
-            worker.receives.put(worker.link.post_recv(buffer))
+            worker.link.expect(reply_bytes)
         except LinkError as error:
             raise self._lost(worker, "dispatch", str(error), request.header) from error
         if not worker.requests:
@@ -257,21 +264,23 @@ class LinksRouterExchange:
 
     def _send(self, worker: _Worker, header: wire.Header, arrays: tuple[Tensor, ...], phase: str) -> None:
         try:
-            buffer = torch.empty(min(wire.total_bytes(*arrays), self._capacity), dtype=torch.uint8)
-            worker.sends.append(worker.link.post_send(wire.pack(buffer, header, *arrays)))
-            if len(worker.sends) > MOST_UNWAITED_SENDS and not worker.requests:
-                worker.sends.pop(0).wait(CEILING_S)
+            memory = worker.link.message(min(wire.total_bytes(*arrays), self._capacity))
+            worker.link.post(wire.pack(memory, header, *arrays))
+            worker.unsettled += 1
+            if worker.unsettled > MOST_UNSETTLED and not worker.requests:
+                self._settle(worker)
         except LinkError as error:
             raise self._lost(worker, phase, str(error), header) from error
 
     def _take_arrival(self) -> None:
         waiting = [worker for worker in self._workers if worker.requests]
         next_worker = min(waiting, key=lambda worker: worker.deadline.at_ns)
-        try:
-            ep_rank, content, arrived_ns = self._arrivals.get(timeout=next_worker.deadline.left_s)
-        except Empty:
+        arrival = self._arrivals.take(next_worker.deadline.left_s)
+        if arrival is None:
+            self._check_open()
             self._expire(next_worker)
             return
+        ep_rank, content, arrived_ns = arrival
         worker = self._workers[ep_rank]
         if isinstance(content, LinkError):
             raise self._lost(worker, "combine", str(content)) from content
@@ -294,9 +303,11 @@ class LinksRouterExchange:
         if flight.sorted_rows is None:
             self.extra.passes += header.rounds - 1
             flight.partials[worker.ep_rank] = wire.unpack(buffer, header, (shape, torch.float64))[0]
+            flight.buffers[worker.ep_rank] = buffer  # the sum reads it
         else:
             rows = wire.unpack(buffer, header, (shape, self._shape.dtype))[0]
             flight.output[request.begin : request.begin + request.num_rows] = rows
+            worker.link.done(buffer)
         flight.missing -= 1
         self._learn(worker, request, header, arrived_ns)
 
@@ -311,9 +322,11 @@ class LinksRouterExchange:
         if worker.requests:
             self._extend(worker)
         else:  # everything that was sent has been answered, so these waits return at once
-            sends, worker.sends = worker.sends, []
-            for send in sends:
-                send.wait(CEILING_S)
+            self._settle(worker)
+
+    def _settle(self, worker: _Worker) -> None:
+        worker.unsettled = 0
+        worker.link.settle(CEILING_S)
 
     def _extend(self, worker: _Worker) -> None:
         worker.deadline.extend(sum(request.num_rows for request in worker.requests.values()))
@@ -326,7 +339,7 @@ class LinksRouterExchange:
             before = self._ask_progress(worker.ep_rank)
             time.sleep(PROBE_S)
         worker.progress = self._ask_progress(worker.ep_rank) if before is not None else None
-        if not self._arrivals.empty():
+        if not self._arrivals.is_empty():
             return  # something came while we asked: look at it first
         if worker.progress is None or worker.progress == before:
             raise self._lost(worker, "combine", "no answer within the deadline and no progress")
@@ -350,13 +363,5 @@ class LinksRouterExchange:
             raise LinkError("the exchange is closed: connect the next epoch")
 
 
-def _receive_all(
-    ep_rank: int, receives: SimpleQueue[PendingTransfer | None], arrivals: SimpleQueue[Arrival]
-) -> None:
-    while (transfer := receives.get()) is not None:
-        try:
-            transfer.wait()
-        except LinkError as error:
-            arrivals.put((ep_rank, error, time.monotonic_ns()))
-            return
-        arrivals.put((ep_rank, transfer.buffer, time.monotonic_ns()))
+def _arrival(ep_rank: int, content: Tensor | LinkError, arrived_ns: int) -> Arrival:
+    return ep_rank, content, arrived_ns

@@ -22,8 +22,8 @@ from common.replica_choice import replica_of
 Layout = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 """Shape and dtype of the arrays of a message, one after another."""
 
-BLOCK_TOKENS = 2048
-"""Tokens that are summed up at a time: what lies between their rows and their sums stays in the cache."""
+BLOCK_ELEMENTS = 1 << 18
+"""Products that are summed up at a time: what lies between rows and their sums stays in the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,13 +212,15 @@ def weighted_sum(rows: Tensor, position_of: Tensor, topk_weights: Tensor) -> Ten
     native = _native_for(rows)
     if native is not None:
         return native.sum_slots(rows, position_of, topk_weights, torch.float32)
-    total = torch.empty(position_of.shape[0], rows.shape[1], device=rows.device)
-    for first in range(0, position_of.shape[0], BLOCK_TOKENS):
-        block = slice(first, first + BLOCK_TOKENS)
-        position, weights = position_of[block], topk_weights[block]
-        wide = torch.zeros(position.shape[0], rows.shape[1], dtype=torch.float64, device=rows.device)
-        for slot in range(position.shape[1]):
-            wide += rows[position[:, slot]].float() * weights[:, slot, None]
+    num_tokens, top_k = position_of.shape
+    total = torch.empty(num_tokens, rows.shape[1], device=rows.device)
+    block_tokens = max(BLOCK_ELEMENTS // max(top_k * rows.shape[1], 1), 1)
+    for first in range(0, num_tokens, block_tokens):
+        block = slice(first, first + block_tokens)
+        products = rows[position_of[block]].float() * topk_weights[block].unsqueeze(2)
+        wide = torch.zeros(products.shape[0], rows.shape[1], dtype=torch.float64, device=rows.device)
+        for product in products.unbind(1):
+            wide += product
         total[block] = wide
     return total
 

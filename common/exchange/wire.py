@@ -5,7 +5,9 @@ Shapes: T tokens, K experts per token, R rows, D hidden_size, E_local experts a 
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, fields
+import struct
+from dataclasses import dataclass, fields
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -58,6 +60,8 @@ class Header:
 
 HEADER_WORDS = len(fields(Header)) + 1
 HEADER_BYTES = 8 * HEADER_WORDS
+_words_of = attrgetter(*(field.name for field in fields(Header)))
+_packed = struct.Struct(f"={HEADER_WORDS}q")
 
 
 def size_class(count: int) -> int:
@@ -80,8 +84,8 @@ def pack(buffer: Tensor, header: Header, *arrays: Tensor) -> Tensor:
         raise MessageError(
             f"a message of {header.num_bytes} bytes exceeds the {buffer.numel()} bytes announced for its step"
         )
-    words = torch.tensor([MAGIC, *astuple(header)], dtype=torch.int64)
-    buffer[:HEADER_BYTES].view(torch.int64).copy_(words)
+    words = bytearray(_packed.pack(MAGIC, *_words_of(header)))
+    buffer[:HEADER_BYTES].copy_(torch.frombuffer(words, dtype=torch.uint8))
     write_arrays(buffer[HEADER_BYTES:], *arrays)
     return buffer[: header.num_bytes]
 

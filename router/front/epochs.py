@@ -93,6 +93,9 @@ class Epochs:
     def linked(self, message: Linked) -> None:
         """The engine has all links of an epoch."""
         if self._linked is not None and message.epoch == self._last_epoch and not self._linked.done():
+            for worker, transport in zip(self._members, message.transports, strict=False):
+                worker.transport = transport
+                logger.info("rows of expert worker %s travel by %s", worker.worker_id, transport)
             self._linked.set_result(None)
 
     def link_failed(self, message: LinkFailed) -> None:

@@ -40,6 +40,7 @@ class Worker:
     stopped: int = 0
     failures: int = 0
     grouped_matmul: str = ""
+    transport: str = ""
     heard_s: float = field(default_factory=time.monotonic)
 
     @property

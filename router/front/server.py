@@ -334,6 +334,7 @@ class Front:
             term=self.term,
             data_address=own_address(config.data_address),
             exchange=config.exchange,
+            same_host_transport=config.same_host_transport,
             experts_in_process=config.experts_in_process,
             trace_file=None if config.trace_file is None else str(Path(config.trace_file).resolve()),
         )

@@ -73,6 +73,7 @@ def _worker(worker: Worker, times: list[list[float]], grouped_matmul: str) -> pb
         grouped_matmul="one product after another for each expert: groupedMatmul is off"
         if is_off
         else worker.grouped_matmul,
+        transport=worker.transport,
     )
     if 0 <= worker.ep_rank < len(times) and len(times[worker.ep_rank]) == 3:
         receive_s, compute_s, reply_s = times[worker.ep_rank]

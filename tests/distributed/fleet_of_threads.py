@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from common import process_group
-from common.exchange import Received
+from common.exchange import Received, link_choice
 from common.exchange.collective import CollectiveExpertExchange, CollectiveRouterExchange, join_group
+from common.exchange.link_choice import Meeting
 from common.exchange.links import LinksExpertExchange, LinksRouterExchange
 from common.exchange.routing import RowShape
 from common.placement import Placement
@@ -26,6 +27,17 @@ HOST = "127.0.0.1"
 
 ExpertEnd = LinksExpertExchange | CollectiveExpertExchange
 RouterEnd = LinksRouterExchange | CollectiveRouterExchange
+ENDS: dict[str, type[ExpertEnd]] = {
+    "links": LinksExpertExchange,
+    "sharedMemory": LinksExpertExchange,
+    "collective": CollectiveExpertExchange,
+}
+"""The kinds of fleets; the router chooses between the first two."""
+
+
+def meeting(store: StoreServer, prefix: str, same_host: str) -> Meeting:
+    """Where one router and one worker meet."""
+    return Meeting(store.host, store.port, prefix, JOIN_S, HOST, same_host)
 
 
 def expert_output(rows: Tensor, expert: int) -> Tensor:
@@ -56,7 +68,7 @@ def add_router(
     """Join one router as worker `rank`."""
     experts = placement.experts_of(rank)
     if isinstance(exchange, LinksExpertExchange):
-        link = process_group.join_pair(store.host, store.port, f"w{rank}-{term}-{epoch}", 1, JOIN_S, HOST)
+        link = link_choice.join_router(meeting(store, f"w{rank}-{term}-{epoch}", "auto"))
         exchange.add_router(term, epoch, INCARNATION, link, shape, experts)
     else:
         size = placement.ep_size + 1
@@ -74,8 +86,7 @@ def join_routers(
     on_closed: Callable[[int, int, str], None],
 ) -> tuple[ExpertEnd, Callable[[Received], Tensor]]:
     """Join every router as worker `rank`; return the exchange and what computes for it."""
-    ends: dict[str, type[ExpertEnd]] = {"links": LinksExpertExchange, "collective": CollectiveExpertExchange}
-    exchange = ends[kind](on_closed)
+    exchange = ENDS[kind](on_closed)
     experts = placement.experts_of(rank)
 
     def outputs(received: Received) -> Tensor:
@@ -148,10 +159,7 @@ def join_workers(
         size = placement.ep_size + 1
         group = join_group(store.host, store.port, f"g-{term}-{epoch}", 0, size, JOIN_S, HOST)
         return CollectiveRouterExchange(group, *common, **settings)  # type: ignore[arg-type]
-    links = [
-        process_group.join_pair(store.host, store.port, f"{name}-{term}-{epoch}", 0, JOIN_S, HOST)
-        for name in names
-    ]
+    links = [link_choice.join_worker(meeting(store, f"{name}-{term}-{epoch}", kind)) for name in names]
     return LinksRouterExchange(links, *common, **settings)  # type: ignore[arg-type]
 
 

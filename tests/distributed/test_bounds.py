@@ -20,7 +20,7 @@ from tests.distributed.naive import LAYER, D, E, K, inputs, naive, run_step
 pytestmark = pytest.mark.distributed
 
 SHAPE = RowShape(D, K, torch.float32)
-KINDS = ("links", "collective")
+KINDS = ("links", "sharedMemory", "collective")
 
 
 class Seen:

@@ -100,7 +100,7 @@ def test_groups_and_links_give_the_same_bits_for_a_ragged_placement(level: int) 
     placement = Placement({1: ((8, 2, 0, 5), (1,), (3, 4, 6, 7)), 4: ((), (7, 6, 5, 4, 3, 2, 1, 0), (8,))})
     shape, given = RowShape(D, K, torch.bfloat16), inputs(33, torch.bfloat16)
     found = []
-    for kind in ("links", "collective"):
+    for kind in ("links", "sharedMemory", "collective"):
         with threads(1, placement, shape, kind=kind) as small:
             (router,) = small.routers
             router.begin(StepHeader(fleet.TERM, fleet.EPOCH, 0, level, 33))
@@ -108,13 +108,16 @@ def test_groups_and_links_give_the_same_bits_for_a_ragged_placement(level: int) 
             times = router.last_step_times()
             assert len(times) == 3
             assert all(seconds >= 0 for one in times for seconds in one)
-    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    for linked, shared, collected in zip(*found, strict=True):
+        assert torch.equal(linked, shared)
+        assert torch.equal(linked, collected)
 
 
+@pytest.mark.parametrize("kind", ["sharedMemory", "collective"])
 @pytest.mark.parametrize("level", [1, 2])
-def test_micro_batches_may_be_combined_out_of_order(level: int) -> None:
+def test_micro_batches_may_be_combined_out_of_order(level: int, kind: str) -> None:
     parts = [inputs(num_tokens, torch.float32) for num_tokens in (5, 0, 12, 2)]
-    with threads(1, contiguous(E, 3, [LAYER])) as small:
+    with threads(1, contiguous(E, 3, [LAYER]), kind=kind) as small:
         (router,) = small.routers
         router.begin(StepHeader(fleet.TERM, fleet.EPOCH, 0, level, 19, micro_batches=4))
         flights = [router.dispatch(LAYER, number, *given) for number, given in enumerate(parts)]

@@ -22,15 +22,17 @@ from tests.distributed import fleet_of_threads as fleet
 from tests.distributed.naive import LAYER, TOKENS, D, E, K, inputs, naive, run_step
 
 pytestmark = pytest.mark.distributed
+LINKS = ("links", "sharedMemory")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("workers", [1, 2, 3, 4])
 @pytest.mark.parametrize("routers", [1, 2])
+@pytest.mark.parametrize("kind", LINKS)
 def test_links_give_the_bits_of_a_naive_loop_at_both_levels(
-    routers: int, workers: int, dtype: torch.dtype
+    kind: str, routers: int, workers: int, dtype: torch.dtype
 ) -> None:
-    small = fleet.ThreadFleet(routers, contiguous(E, workers, [LAYER]), RowShape(D, K, dtype))
+    small = fleet.ThreadFleet(routers, contiguous(E, workers, [LAYER]), RowShape(D, K, dtype), kind)
     try:
         for step_id, (level, num_tokens) in enumerate(itertools.product((1, 2, 1), TOKENS)):
             for number, router in enumerate(small.routers):
@@ -41,7 +43,7 @@ def test_links_give_the_bits_of_a_naive_loop_at_both_levels(
         small.close()
 
 
-@pytest.mark.parametrize("kind", ["links", "collective"])
+@pytest.mark.parametrize("kind", [*LINKS, "collective"])
 def test_two_routers_run_at_their_own_pace_while_one_of_them_is_idle(kind: str) -> None:
     small = fleet.ThreadFleet(3, contiguous(E, 2, [LAYER]), RowShape(D, K, torch.float32), kind=kind)
     found: dict[int, int] = {}
@@ -77,14 +79,17 @@ def test_loopback_gives_the_bits_of_a_naive_loop(num_tokens: int) -> None:
 
 @pytest.mark.parametrize("level", [1, 2])
 @pytest.mark.parametrize(("fault", "limit_s"), [(signal.SIGKILL, 0.3), (signal.SIGSTOP, 1.0)])
+@pytest.mark.parametrize("kind", LINKS)
 def test_a_lost_worker_is_named_with_layer_and_phase(
-    fault: signal.Signals, limit_s: float, level: int
+    kind: str, fault: signal.Signals, limit_s: float, level: int
 ) -> None:
     placement, shape = contiguous(E, 2, [LAYER]), RowShape(D, K, torch.float32)
     store = process_group.open_store("127.0.0.1")
-    children = [fleet.start_worker(store, rank, placement, shape, 0.05) for rank in range(2)]
+    children = [fleet.start_worker(store, rank, placement, shape, 0.05, kind) for rank in range(2)]
     try:
-        router = fleet.join_workers(store, placement, shape, floor_s=0.3, ask_progress=lambda rank: 1)
+        router = fleet.join_workers(
+            store, placement, shape, kind=kind, floor_s=0.3, ask_progress=lambda rank: 1
+        )
         given = inputs(17, torch.float32)
         assert torch.equal(run_step(router, 0, level, given, fleet.TERM), naive(*given))
         router.begin(StepHeader(fleet.TERM, fleet.EPOCH, 1, level, 17))
@@ -104,7 +109,7 @@ def test_a_lost_worker_is_named_with_layer_and_phase(
             child.wait(5)
 
 
-@pytest.mark.parametrize("kind", ["links", "collective"])
+@pytest.mark.parametrize("kind", [*LINKS, "collective"])
 def test_another_deadline_floor_acts_from_the_next_rows_on(kind: str) -> None:
     placement, shape = contiguous(E, 2, [LAYER]), RowShape(D, K, torch.float32)
     store = process_group.open_store("127.0.0.1")
@@ -129,15 +134,22 @@ def test_another_deadline_floor_acts_from_the_next_rows_on(kind: str) -> None:
             child.wait(5)
 
 
-def test_a_slow_worker_that_makes_progress_is_kept_and_shared_work_overlaps() -> None:
+@pytest.mark.parametrize("kind", LINKS)
+def test_a_slow_worker_that_makes_progress_is_kept_and_shared_work_overlaps(kind: str) -> None:
     placement, shape = contiguous(E, 1, [LAYER]), RowShape(D, K, torch.float32)
     store = process_group.open_store("127.0.0.1")
-    child = fleet.start_worker(store, 0, placement, shape, 0.4)
+    child = fleet.start_worker(store, 0, placement, shape, 0.4, kind)
     ticks = itertools.count()
     timeline = Timeline()
     try:
         router = fleet.join_workers(
-            store, placement, shape, floor_s=0.05, ask_progress=lambda rank: next(ticks), timeline=timeline
+            store,
+            placement,
+            shape,
+            kind=kind,
+            floor_s=0.05,
+            ask_progress=lambda rank: next(ticks),
+            timeline=timeline,
         )
         given = inputs(2, torch.float32)
         router.begin(StepHeader(fleet.TERM, fleet.EPOCH, 0, 2, 2))
@@ -154,8 +166,9 @@ def test_a_slow_worker_that_makes_progress_is_kept_and_shared_work_overlaps() ->
         child.wait(5)
 
 
-def test_a_foreign_epoch_drops_that_router_alone() -> None:
-    small = fleet.ThreadFleet(2, contiguous(E, 2, [LAYER]), RowShape(D, K, torch.float32))
+@pytest.mark.parametrize("kind", LINKS)
+def test_a_foreign_epoch_drops_that_router_alone(kind: str) -> None:
+    small = fleet.ThreadFleet(2, contiguous(E, 2, [LAYER]), RowShape(D, K, torch.float32), kind)
     try:
         given = inputs(17, torch.float32)
         stranger, friend = small.routers
@@ -166,8 +179,9 @@ def test_a_foreign_epoch_drops_that_router_alone() -> None:
         small.close()
 
 
-def test_forget_ends_the_step_of_its_router_and_leaves_the_other() -> None:
-    small = fleet.ThreadFleet(2, contiguous(E, 1, [LAYER]), RowShape(D, K, torch.float32))
+@pytest.mark.parametrize("kind", LINKS)
+def test_forget_ends_the_step_of_its_router_and_leaves_the_other(kind: str) -> None:
+    small = fleet.ThreadFleet(2, contiguous(E, 1, [LAYER]), RowShape(D, K, torch.float32), kind)
     try:
         given = inputs(17, torch.float32)
         for number, router in enumerate(small.routers):

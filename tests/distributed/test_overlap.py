@@ -12,6 +12,7 @@ import torch
 
 from common import process_group
 from common.exchange import StepHeader
+from common.exchange.link_choice import Meeting, join_worker
 from common.exchange.links import LinksRouterExchange
 from common.exchange.routing import RowShape
 from common.model_config import ModelConfig
@@ -67,13 +68,8 @@ async def test_shared_experts_compute_while_a_worker_computes_the_routed_ones(
     async with executor() as child:
         child.send(prepare(tmp_path / "model", placement, 0, store))
         link = await asyncio.to_thread(
-            process_group.join_pair,
-            store.host,
-            store.port,
-            prefix_of(1, 0),
-            0,
-            JOIN_TIMEOUT_S,
-            "127.0.0.1",
+            join_worker,
+            Meeting(store.host, store.port, prefix_of(1, 0), JOIN_TIMEOUT_S, "127.0.0.1", "auto"),
         )
         await child.until(Linked)
         shape = RowShape(config.hidden_size, config.num_experts_per_tok, torch.float32)

@@ -45,11 +45,13 @@ def lose_a_worker(fleet: Fleet, how: signal.Signals) -> tuple[grpc.RpcError, flo
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("ep_level", [1, 2])
+@pytest.mark.parametrize(("ep_level", "transport"), [(1, "sharedMemory"), (2, "sharedMemory"), (2, "links")])
 def test_a_lost_worker_ends_streams_unavailable_and_the_fleet_serves_again(
-    v3_model: Path, how: signal.Signals, ep_level: int
+    v3_model: Path, how: signal.Signals, ep_level: int, transport: str
 ) -> None:
-    with fleet_of(v3_model, "--expert-workers", "2", "--ep-level", str(ep_level)) as fleet:
+    told = {"EXPERTMESH_SAME_HOST_TRANSPORT": "links"} if transport == "links" else {}
+    with fleet_of(v3_model, "--expert-workers", "2", "--ep-level", str(ep_level), **told) as fleet:
+        assert all(worker.transport.startswith(transport) for worker in fleet.status().workers)
         before = generate(fleet, PROMPT, **SHORT)
         epoch = fleet.status().epoch
         error, took_s = lose_a_worker(fleet, how)
@@ -105,8 +107,10 @@ def test_up_killed_in_any_way_leaves_no_process_behind(v3_model: Path, how: sign
 
 
 @pytest.mark.e2e
-def test_an_idle_fleet_burns_no_cpu(v3_model: Path) -> None:
-    with fleet_of(v3_model, "--expert-workers", "2") as fleet:
+@pytest.mark.parametrize("transport", ["sharedMemory", "links"])
+def test_an_idle_fleet_burns_no_cpu(v3_model: Path, transport: str) -> None:
+    told = {"EXPERTMESH_SAME_HOST_TRANSPORT": transport}
+    with fleet_of(v3_model, "--expert-workers", "2", **told) as fleet:
         generate(fleet, PROMPT, **SHORT)
         time.sleep(1.0)
         family = psutil.Process(fleet.process.pid).children(recursive=True)

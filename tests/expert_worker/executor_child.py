@@ -47,7 +47,7 @@ async def executor(exchange: str = "links") -> AsyncIterator[ExecutorChild]:
     process = await ChildProcess.start(EXECUTOR_MODULE, TO_AGENT, progress)
     child = ExecutorChild(process, progress)
     try:
-        child.send(Configure("cpu", 1, "127.0.0.1", exchange))
+        child.send(Configure("cpu", 1, "127.0.0.1", exchange, "auto"))
         await child.until(Ready)
         yield child
     finally:

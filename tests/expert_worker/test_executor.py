@@ -13,6 +13,7 @@ from torch import Tensor
 from common import process_group
 from common.channel import Shutdown
 from common.exchange import StepHeader
+from common.exchange.link_choice import Meeting, join_worker
 from common.exchange.links import LinksRouterExchange
 from common.exchange.loopback import LoopbackExchange
 from common.exchange.routing import RowShape
@@ -46,16 +47,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-async def join(store: StoreServer, epoch: int, placement: Placement = ALONE) -> LinksRouterExchange:
+async def join(
+    store: StoreServer, epoch: int, placement: Placement = ALONE, same_host: str = "auto"
+) -> LinksRouterExchange:
     links = [
         await asyncio.to_thread(
-            process_group.join_pair,
-            store.host,
-            store.port,
-            prefix_of(epoch, ep_rank),
-            0,
-            JOIN_TIMEOUT_S,
-            "127.0.0.1",
+            join_worker,
+            Meeting(
+                store.host, store.port, prefix_of(epoch, ep_rank), JOIN_TIMEOUT_S, "127.0.0.1", same_host
+            ),
         )
         for ep_rank in range(placement.ep_size)
     ]

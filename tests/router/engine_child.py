@@ -140,6 +140,7 @@ def configure(model_path: Path, **overrides: Any) -> Configure:
         "term": 1,
         "data_address": "127.0.0.1",
         "exchange": "links",
+        "same_host_transport": "auto",
         "experts_in_process": True,
         "trace_file": None,
     }

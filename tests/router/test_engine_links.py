@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from common import process_group
 from common.exchange import Received
+from common.exchange.link_choice import Meeting, join_router
 from common.exchange.links import LinksExpertExchange
 from common.exchange.routing import RowShape
 from common.model_config import ModelConfig
@@ -43,14 +43,9 @@ class Worker:
         self._thread.start()
 
     def join(self, epoch: int, loaded: Loaded) -> None:
-        link = process_group.join_pair(
-            loaded.store_host,
-            loaded.store_port,
-            prefix=prefix_of(epoch, self.ep_rank),
-            rank=1,
-            timeout_s=JOIN_TIMEOUT_S,
-            data_address="127.0.0.1",
-        )
+        prefix = prefix_of(epoch, self.ep_rank)
+        place = (loaded.store_host, loaded.store_port, prefix, JOIN_TIMEOUT_S, "127.0.0.1")
+        link = join_router(Meeting(*place, same_host="auto"))
         shape = RowShape(self.config.hidden_size, self.config.num_experts_per_tok, torch.float32)
         self._exchange.add_router(TERM, epoch, 7, link, shape, self.experts)
 
