@@ -33,6 +33,7 @@ class Prepare:
         layers: [[layer_id, [expert ids in local order]], ...].
         exchange, host, port, prefix, timeout_s: how rows arrive, and where the link to the router is agreed
             on (fleet.proto, LinkAddress).
+        buffer_bytes: what is needed beside the weights.
     """
 
     term: int
@@ -48,6 +49,7 @@ class Prepare:
     port: int
     prefix: str
     timeout_s: float
+    buffer_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

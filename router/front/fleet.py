@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from common.errors import ControlError
+from common.errors import ConfigError, ControlError, NotReady
+from common.rank_seats import seats_of
+from common.rank_table import RankTable
 from protos import fleet_pb2 as pb
 
 REGISTERED, LOADING, READY, SERVING, LOST = "registered", "loading", "ready", "serving", "lost"
@@ -20,6 +23,9 @@ class Worker:
     """One expert worker, as its last registration and its last heartbeat describe it.
 
     Attributes:
+        data_address: its address on the data plane.
+        device_id: the number of its device on its server; None where nobody knows.
+        seats: the ranks that the rank table has for it; empty without a table.
         ep_rank: its place in the epoch that is prepared or in force; -1 without one.
         missed: heartbeats missed in a row.
         stopped: heartbeats in a row that found its executor stopped.
@@ -31,6 +37,9 @@ class Worker:
     device: str
     arithmetic: str
     order: int
+    data_address: str = ""
+    device_id: int | None = None
+    seats: tuple[int, ...] = ()
     state: str = REGISTERED
     ep_rank: int = -1
     num_local_experts: int = 0
@@ -51,7 +60,9 @@ class Worker:
 class Fleet:
     """All workers by worker_id. Owned by the event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, table: RankTable | None = None) -> None:
+        """`table` says which worker gets which rank; without one, those who come first fill the ranks."""
+        self.table = table
         self.workers: dict[str, Worker] = {}
         self.ranks: dict[str, int] = {}
         self._order = 0
@@ -60,9 +71,11 @@ class Fleet:
         """Take in a worker; say whether this start of it is new.
 
         Raises:
-            ControlError: the introduction makes no sense.
+            ControlError: the introduction makes no sense, or the rank table does not know the worker.
+            NotReady: others have all the ranks that the table has for it.
         """
         _check(request)
+        seats = self._seats(request)
         known = self.workers.get(request.worker_id)
         if known is None and len(self.workers) >= MAX_WORKERS:
             raise ControlError(
@@ -80,6 +93,9 @@ class Fleet:
             request.device,
             request.arithmetic,
             order=known.order if known is not None else self._order,
+            data_address=link_address_of(request),
+            device_id=request.device_id if request.HasField("device_id") else None,
+            seats=seats,
             failures=known.failures if known is not None else 0,
         )
         self.workers[worker.worker_id] = worker
@@ -95,7 +111,35 @@ class Fleet:
         for ep_rank, name in enumerate(members):
             self.ranks[name] = ep_rank
             self.workers[name].ep_rank = ep_rank
-        return [self.workers[name] for name in members]
+        return self.named(members)
+
+    def _seats(self, request: pb.RegisterRequest) -> tuple[int, ...]:
+        """The ranks that the table has for a worker; empty without a table."""
+        if self.table is None:
+            return ()
+        device = request.device_id if request.HasField("device_id") else None
+        try:
+            seats = seats_of(self.table, hosts_of(request), device)
+        except ConfigError as error:
+            raise ControlError(f"expert worker {request.worker_id} is refused: {error}") from None
+        others = [one for one in self.workers.values() if one.is_alive and one.worker_id != request.worker_id]
+        rivals = [one.worker_id for one in others if set(one.seats) <= set(seats)]
+        if len(rivals) >= len(seats):
+            taken = "rank" if len(seats) == 1 else "ranks"
+            raise NotReady(
+                f"the rank table has {taken} {', '.join(map(str, seats))} for expert worker "
+                f"{request.worker_id}, and {', '.join(sorted(rivals))} came first: end one of them",
+                "NO_RANK_FREE",
+            )
+        return seats
+
+    def named(self, names: tuple[str, ...]) -> list[Worker]:
+        """The workers of these names, in their order."""
+        return [self.workers[name] for name in names]
+
+    def has(self, workers: Iterable[Worker]) -> bool:
+        """Whether these starts of these workers are all alive."""
+        return all(self.workers.get(one.worker_id) is one and one.is_alive for one in workers)
 
     def by_rank(self, ep_rank: int) -> Worker | None:
         """The worker that holds a rank now."""
@@ -104,6 +148,16 @@ class Fleet:
     def arithmetics(self) -> set[str]:
         """The different arithmetics of the workers that are alive."""
         return {worker.arithmetic for worker in self.workers.values() if worker.is_alive}
+
+
+def link_address_of(request: pb.RegisterRequest) -> str:
+    """Where a worker is on the data plane: what it says, else where its agent is."""
+    return request.data_address or request.address.rpartition(":")[0].strip("[]")
+
+
+def hosts_of(request: pb.RegisterRequest) -> set[str]:
+    """The addresses by which a rank table may know a worker."""
+    return {request.address.rpartition(":")[0].strip("[]"), link_address_of(request)}
 
 
 def _check(request: pb.RegisterRequest) -> None:
