@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config import Config, Effective
+from common.config_rules import WILDCARDS
 from common.environment import hccl_buffer_mb
 from common.errors import ConfigError, ControlError, NotReady, ReloadRefused
 from common.model_config import ModelConfig
@@ -82,7 +83,9 @@ class ExpertSide:
         logger.info("placement: %s", coverage)
         self.coverage = coverage.experts
         self.heartbeats = Heartbeats(fleet, facts.term, token, state.announce)
-        rule = TwoServerRule(own_address(at_start.data_address), fleet.table, self.heartbeats.agent_of)
+        data_address = own_address(at_start.data_address)
+        host = data_address if at_start.fleet_host in WILDCARDS else own_address(at_start.fleet_host)
+        rule = TwoServerRule(host, data_address, fleet.table, self.heartbeats.agent_of)
         self._allowance = Allowance(config, rule)
         self.epochs = Epochs(
             EpochFacts(

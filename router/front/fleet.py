@@ -23,7 +23,6 @@ class Worker:
     """One expert worker, as its last registration and its last heartbeat describe it.
 
     Attributes:
-        data_address: its address on the data plane.
         device_id: the number of its device on its server; None where nobody knows.
         seats: the ranks that the rank table has for it; empty without a table.
         ep_rank: its place in the epoch that is prepared or in force; -1 without one.
@@ -37,7 +36,6 @@ class Worker:
     device: str
     arithmetic: str
     order: int
-    data_address: str = ""
     device_id: int | None = None
     seats: tuple[int, ...] = ()
     state: str = REGISTERED
@@ -93,7 +91,6 @@ class Fleet:
             request.device,
             request.arithmetic,
             order=known.order if known is not None else self._order,
-            data_address=link_address_of(request),
             device_id=request.device_id if request.HasField("device_id") else None,
             seats=seats,
             failures=known.failures if known is not None else 0,
@@ -119,7 +116,7 @@ class Fleet:
             return ()
         device = request.device_id if request.HasField("device_id") else None
         try:
-            seats = seats_of(self.table, hosts_of(request), device)
+            seats = seats_of(self.table, {host_of(request.address), request.data_address} - {""}, device)
         except ConfigError as error:
             raise ControlError(f"expert worker {request.worker_id} is refused: {error}") from None
         others = [one for one in self.workers.values() if one.is_alive and one.worker_id != request.worker_id]
@@ -150,14 +147,9 @@ class Fleet:
         return {worker.arithmetic for worker in self.workers.values() if worker.is_alive}
 
 
-def link_address_of(request: pb.RegisterRequest) -> str:
-    """Where a worker is on the data plane: what it says, else where its agent is."""
-    return request.data_address or request.address.rpartition(":")[0].strip("[]")
-
-
-def hosts_of(request: pb.RegisterRequest) -> set[str]:
-    """The addresses by which a rank table may know a worker."""
-    return {request.address.rpartition(":")[0].strip("[]"), link_address_of(request)}
+def host_of(address: str) -> str:
+    """The host of HOST:PORT."""
+    return address.rpartition(":")[0].strip("[]")
 
 
 def _check(request: pb.RegisterRequest) -> None:

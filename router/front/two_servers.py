@@ -16,12 +16,12 @@ from common.rank_table import RankTable
 from common.topology import DeviceLink, Member, ProbeResult
 from common.topology_check import Pairs, check_topology
 from router.front.agent_link import AgentLink
-from router.front.fleet import Worker
+from router.front.fleet import Worker, host_of
 
 LOOK_TIMEOUT_S = 10.0
 """Of hccn_tool, and of one attempt to reach somebody: a host that is there answers in milliseconds."""
 MACHINE = "this machine"
-"""All loopback addresses are one server, and so are those of the router's own services."""
+"""All loopback addresses are one server."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +29,14 @@ class TwoServerRule:
     """What the router knows of itself, and how it reaches its workers.
 
     Attributes:
+        host: the router's address on the control plane: services with one host there are on one server,
+            however many addresses it has on the data plane.
         data_address: the router's.
         table: names the servers and their devices; None without a rank table.
         agent_of: the channel to a worker's agent.
     """
 
+    host: str
     data_address: str
     table: RankTable | None
     agent_of: Callable[[Worker], AgentLink]
@@ -58,21 +61,19 @@ class TwoServerRule:
         )
 
     def _router(self, config: Config) -> Member:
-        server = None if self.table is None else server_at(self.table, {self.data_address})
-        return Member(
-            "the router", server or server_of(self.data_address), is_router=True, device=config.device_id
-        )
+        server = None if self.table is None else server_at(self.table, {self.host, self.data_address})
+        return Member("the router", server or server_of(self.host), is_router=True, device=config.device_id)
 
     def _member(self, rank: int, worker: Worker) -> Member:
         name = f"expert worker {worker.worker_id} (ep_rank {rank})"
         if self.table is None:
-            return Member(name, server_of(worker.data_address), device=worker.device_id)
+            return Member(name, server_of(host_of(worker.address)), device=worker.device_id)
         seat = self.table.ranks[rank]
         return Member(name, seat.server, device=seat.device)
 
 
 def server_of(address: str) -> str:
-    """The server that an address belongs to, where no rank table says it: one per address."""
+    """The server that a host on the control plane is, where no rank table says it."""
     try:
         return MACHINE if ip_address(address).is_loopback else address
     except ValueError:
