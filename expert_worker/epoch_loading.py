@@ -89,7 +89,7 @@ class EpochLoading:
             nonlocal sent_at
             self._check(message)
             if sent_at == 0.0:
-                self._check_memory(total_bytes - loaded_bytes, message)
+                self._check_memory(loaded_bytes, total_bytes, message)
             now = time.monotonic()
             if now - sent_at >= LOADING_INTERVAL_S:
                 sent_at = now
@@ -104,9 +104,12 @@ class EpochLoading:
             )
         )
 
-    def _check_memory(self, missing_bytes: int, message: Prepare) -> None:
+    def _check_memory(self, loaded_bytes: int, total_bytes: int, message: Prepare) -> None:
         """Compare what is about to be read, and the buffers, with what is free."""
-        need = MemoryNeed(missing_bytes, buffers=message.buffer_bytes)
+        if loaded_bytes == total_bytes:
+            return
+        # A worker that has served has its buffers already.
+        need = MemoryNeed(total_bytes - loaded_bytes, buffers=0 if loaded_bytes else message.buffer_bytes)
         remedy = "use more expert workers, free memory, or use a machine with more of it"
         who = f"the expert worker of ep_rank {message.ep_rank}"
         finding = memory_finding(who, self._shard.device, need, self._free_memory(), remedy)

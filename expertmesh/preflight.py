@@ -33,10 +33,14 @@ def everywhere(config: Config, directory: Path) -> Iterator[Finding]:
 def alone_here(config: Config, directory: Path) -> Iterator[Finding]:
     """Check whether this machine could be the router's, or one worker's, as far as memory goes.
 
+    Of an accelerator only the process that uses it knows how much there is.
+
     Raises:
         CheckpointError: the checkpoint is incomplete or damaged.
         ConfigError: its dtype is none to compute with.
     """
+    if config.device != "cpu":
+        return
     router, worker = _needs(config, directory)
     yield memory_finding("the router", config.device, router, free_memory(), LOWER)
     if worker is not None:

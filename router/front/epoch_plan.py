@@ -6,6 +6,11 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from common.rank_table import RankTable
+
+MOST_NAMED = 4
+"""Ranks that a sentence names."""
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -21,10 +26,10 @@ class Candidate:
     seats: tuple[int, ...] = ()
 
 
-def plan_members(
+def place_workers(
     candidates: Iterable[Candidate], ranks: Mapping[str, int], world_size: int
-) -> tuple[str, ...] | None:
-    """Choose the members of the next epoch by ep_rank; None where there are too few.
+) -> dict[int, str]:
+    """Give the ranks of the next epoch to workers: ep_rank -> worker_id. A rank may stay without one.
 
     A worker that had a rank gets it back. The others fill what is left: without a rank table first come,
     first served; with one, each only the ranks the table has for it, and those of one server in the order of
@@ -49,15 +54,23 @@ def plan_members(
         free = (rank for rank in candidate.seats or range(world_size) if rank not in places)
         if (rank := next(free, None)) is not None:
             places[rank] = candidate.worker_id
-    if len(places) < world_size:
-        return None
-    return tuple(places[rank] for rank in range(world_size))
+    return places
 
 
-def missing_sentence(num_alive: int, world_size: int) -> str:
-    """Say how many workers the next epoch waits for."""
-    missing = world_size - num_alive
-    return f"{num_alive} of {world_size} expert workers are registered; waiting for {missing} more"
+def missing_sentence(places: Mapping[int, str], world_size: int, table: RankTable | None) -> str:
+    """Say whom the next epoch waits for: how many workers, or which ranks of the rank table."""
+    missing = [rank for rank in range(world_size) if rank not in places]
+    if table is None:
+        count = f"{len(places)} of {world_size} expert workers are registered"
+        return f"{count}; waiting for {len(missing)} more"
+    named = [
+        f"rank {rank} (device {table.ranks[rank].device} of {table.ranks[rank].server})" for rank in missing
+    ]
+    more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
+    return (
+        f"{len(places)} of the {world_size} ranks of the rank table have an expert worker; waiting for "
+        f"{', '.join(named[:MOST_NAMED])}{more}"
+    )
 
 
 def _by_name_at_a_table(candidate: Candidate) -> list[tuple[int, str]]:

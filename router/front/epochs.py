@@ -16,7 +16,7 @@ from common.placement import Placement
 from protos import fleet_pb2 as pb
 from router.front.agent_link import AgentLink
 from router.front.allowance import Allowance
-from router.front.epoch_plan import Candidate, missing_sentence, plan_members
+from router.front.epoch_plan import Candidate, missing_sentence, place_workers
 from router.front.fleet import LOST, SERVING, Fleet, Worker
 from router.front.preparation import Preparation
 from router.front.service_state import ServiceState
@@ -165,10 +165,12 @@ class Epochs:
         """The members of the next epoch, where one is possible now."""
         alive = [worker for worker in self._fleet.workers.values() if worker.is_alive]
         candidates = [Candidate(worker.worker_id, worker.order, worker.seats) for worker in alive]
-        members = plan_members(candidates, self._fleet.ranks, self._facts.world_size)
-        if members is None:
-            self._state.wait_for(missing_sentence(len(alive), self._facts.world_size))
-        return members
+        size = self._facts.world_size
+        places = place_workers(candidates, self._fleet.ranks, size)
+        if len(places) < size:
+            self._state.wait_for(missing_sentence(places, size, self._fleet.table))
+            return None
+        return tuple(places[rank] for rank in range(size))
 
     async def _try(self, members: tuple[str, ...]) -> str:
         """Prepare one epoch; return why it was not reached, or nothing."""

@@ -47,6 +47,7 @@ class TwoServerRule:
         Raises:
             ConfigError: the rule forbids it: the reason, the pair that cannot talk, and the way out.
             ControlError: a worker could not be asked.
+            LinkError: the router's own data address is none of this machine.
         """
         router = self._router(config)
         members = {self._member(rank, worker): worker for rank, worker in enumerate(workers)}
