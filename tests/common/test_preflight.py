@@ -10,6 +10,7 @@ from common.config import Config, load_config
 from common.errors import ConfigError
 from common.model_config import ModelConfig
 from common.preflight import Finding, require, size
+from common.preflight_fleet import fixed_findings
 from common.preflight_group import group_findings
 from common.preflight_memory import MemoryNeed, buffer_bytes, memory_finding
 from common.preflight_npu import (
@@ -19,6 +20,8 @@ from common.preflight_npu import (
     kernel_findings,
     least_buffer_mb,
 )
+from common.rank_table import parse_rank_table
+from tests.common.test_rank_table import table
 from tests.router.front_fleet import MODEL
 
 R1 = ExpertGroup(256, 8, 7168, 2048, 8, ep_size=16, most_tokens=256)
@@ -175,3 +178,39 @@ def test_buffers_hold_the_rows_that_the_parameters_bound() -> None:
     }
     assert of(level_1, **cutoff) == 500 * 80 * 4 + 1000 * (16 * 12 + 24)
     assert of(level_1) == 2000 * 80 * 4 + 1000 * (16 * 12 + 24)
+
+
+@pytest.mark.parametrize(("is_super_node", "least"), [(False, 900), (True, 1912)])
+def test_a_fleet_on_npus_is_held_against_the_operators_and_the_buffer(
+    is_super_node: bool, least: int
+) -> None:
+    model = model_of(
+        n_routed_experts=256,
+        num_experts_per_tok=8,
+        hidden_size=7168,
+        moe_intermediate_size=2048,
+        n_group=8,
+        topk_group=4,
+    )
+    document = table(2, 8)
+    if is_super_node:
+        document["server_list"][0]["device"][0]["super_device_id"] = "0"
+    ranks = parse_rank_table(document)
+    changes = {"world_size": 16, "moe_ep": 16, "ep_level": 2, "max_batch_size": 256}
+    config = config_of({}).model_copy(update=changes)
+
+    def unmet(buffer_mb: int | None, **more: Any) -> list[str]:
+        findings = fixed_findings(config.model_copy(update=more), model, ranks, buffer_mb)
+        return [finding.sentence for finding in findings if not finding.is_met]
+
+    assert unmet(None) == []
+    assert unmet(least, device="npu") == []
+    (sentence,) = unmet(None, device="npu")
+    assert sentence.startswith(f"HCCL_BUFFSIZE is 200 MB (not set), but at least {least} MB (256 tokens, ")
+    assert unmet(None, device="npu", ep_level=1) == []
+    # Half as many tokens at a time need half the buffer, but for A2's 2 MB.
+    assert unmet(least // 2 + 2, device="npu", micro_batches=2) == []
+    (sentence,) = unmet(least, device="npu", world_size=8)
+    assert sentence.startswith(
+        "ModelConfig[0].worldSize is 8, but the number of ranks in the rank table (16)"
+    )
