@@ -39,7 +39,7 @@ class Finding:
     def sentence(self) -> str:
         """One sentence: met, what holds; else the value found, the rule and the way out."""
         if self.is_met:
-            return f"{self.what} is {self.found}: {self.needed} is needed"
+            return f"{self.what} is {self.found}, and {self.needed} is needed"
         return f"{self.what} is {self.found}, but {self.needed} is needed: {self.remedy}"
 
 
