@@ -67,7 +67,8 @@ def test_config_check_says_what_is_needed_and_warns_where_this_machine_has_less(
     assert done.returncode == 0, done.stderr
     checked = [line for line in done.stdout.splitlines() if line.startswith(("checked: ", "warning: "))]
     assert checked[0] == (
-        "checked: ModelConfig[0].moe_ep is 2, and a divisor of the checkpoint's n_routed_experts (24) is needed"
+        "checked: ModelConfig[0].moe_ep is 2, and a divisor of the checkpoint's n_routed_experts (24) "
+        "is needed"
     )
     assert checked[1].startswith("checked: the free memory of this machine for the router is ")
     # 12 experts of 3 layers, each 3 x 2**28 x 64 bfloat16.
