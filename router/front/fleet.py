@@ -73,7 +73,6 @@ class Fleet:
             NotReady: others have all the ranks that the table has for it.
         """
         _check(request)
-        seats = self._seats(request)
         known = self.workers.get(request.worker_id)
         if known is None and len(self.workers) >= MAX_WORKERS:
             raise ControlError(
@@ -83,6 +82,7 @@ class Fleet:
         if known is not None and not is_new:
             known.address, known.heard_s, known.missed = request.address, time.monotonic(), 0
             return known, False
+        seats = self._seats(request)
         self._order += 1
         worker = Worker(
             request.worker_id,
