@@ -5,18 +5,13 @@ Only JSON and raw numbers are read; nothing in a checkpoint is ever executed.
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import struct
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from common.checkpoint_headers import StoredTensor, read_headers
 from common.errors import CheckpointError
 
 DTYPES = {
@@ -34,23 +29,6 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
-MAX_HEADER_BYTES = 100 * 2**20
-"""The format's own limit; a larger number means that the file is something else."""
-
-INDEX_PATTERN = "*.safetensors.index.json"
-"""Hugging Face names the index of its shards after the model, msModelSlim after the format."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """Where a tensor lies: `offset` and `num_bytes` count bytes of `file`."""
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-    num_bytes: int
-
 
 class Checkpoint:
     """The tensors of one model directory. Opening reads headers only; a tensor is read when it is asked for.
@@ -60,14 +38,7 @@ class Checkpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
-        if not self.directory.is_dir():
-            raise CheckpointError(f"{self.directory} is not a directory: a checkpoint must be one")
-        if (self.directory / "model.safetensors").is_file():
-            self._tensors = _read_shards([self.directory / "model.safetensors"])
-        elif (index := _find_index(self.directory)) is not None:
-            self._tensors = _read_indexed(index)
-        else:
-            self._tensors = _read_shards(_unindexed_files(self.directory))
+        self._tensors = read_headers(self.directory)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -87,11 +58,11 @@ class Checkpoint:
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype a tensor is stored in."""
-        return self._stored(name).dtype
+        return DTYPES[self._stored(name).dtype]
 
     def num_elements(self, name: str) -> int:
         """The number of elements of a tensor."""
-        return math.prod(self._stored(name).shape)
+        return self._stored(name).num_elements
 
     def num_bytes(self, name: str) -> int:
         """The size of a tensor in its file."""
@@ -109,7 +80,7 @@ class Checkpoint:
                 f"{stored.file}: {name} has shape {list(stored.shape)}, "
                 f"but config.json makes it {list(expected_shape)}"
             )
-        tensor = torch.empty(stored.shape, dtype=stored.dtype)
+        tensor = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
         if stored.num_bytes:
             _read_into(tensor.reshape(-1).view(torch.uint8).numpy().data, stored)
         return tensor
@@ -131,127 +102,3 @@ def _read_into(buffer: memoryview, stored: StoredTensor) -> None:
             if not count:
                 raise CheckpointError(f"{stored.file} ended while it was read: copy the file again")
             buffer = buffer[count:]
-
-
-def _find_index(directory: Path) -> Path | None:
-    found = sorted(directory.glob(INDEX_PATTERN))
-    if len(found) > 1:
-        raise CheckpointError(
-            f"{directory} holds {found[0].name} and {found[1].name}, but it must hold one checkpoint: "
-            f"move the other one away"
-        )
-    return found[0] if found else None
-
-
-def _unindexed_files(directory: Path) -> list[Path]:
-    files = sorted(directory.glob("*.safetensors"))
-    if files:
-        return files
-    pickles = sorted(file.name for suffix in ("*.bin", "*.pt", "*.pth") for file in directory.glob(suffix))
-    if pickles:
-        raise CheckpointError(
-            f"{directory} holds {pickles[0]} and no safetensors file, but pickled weights can run code "
-            f"and are never read: convert the checkpoint to safetensors"
-        )
-    raise CheckpointError(f"{directory} holds no safetensors file: is it a model directory?")
-
-
-def _read_indexed(index: Path) -> dict[str, StoredTensor]:
-    weight_map = _weight_map(index)
-    files = {}
-    for file_name in dict.fromkeys(weight_map.values()):
-        file = index.parent / file_name
-        if Path(file_name).name != file_name:
-            raise CheckpointError(f"{index} names {file_name!r}, but a shard must lie beside its index")
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing, but {index.name} names it: copy the shard again")
-        files[file_name] = dict(_read_header(file))
-    tensors = {}
-    for name, file_name in weight_map.items():
-        if name not in files[file_name]:
-            raise CheckpointError(
-                f"{index.parent / file_name} has no tensor {name}, but {index.name} says so"
-            )
-        tensors[name] = files[file_name][name]
-    return tensors
-
-
-def _weight_map(index: Path) -> Mapping[str, str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{index} is not an index of safetensors files: {error!r}") from None
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f"{index}: weight_map must map names of tensors to names of files")
-    return weight_map
-
-
-def _read_shards(files: Sequence[Path]) -> dict[str, StoredTensor]:
-    tensors: dict[str, StoredTensor] = {}
-    for file in files:
-        for name, stored in _read_header(file):
-            if name in tensors:
-                raise CheckpointError(
-                    f"{name} is in {tensors[name].file} and in {file}, but it must be in one"
-                )
-            tensors[name] = stored
-    return tensors
-
-
-def _read_header(file: Path) -> Iterator[tuple[str, StoredTensor]]:
-    """Yield the tensors of one file, after checking that the file is as long as they need."""
-    header, data_start, size = _parse_header(file)
-    header.pop("__metadata__", None)
-    end = data_start
-    for name, entry in header.items():
-        try:
-            stored = _stored_tensor(file, entry, data_start)
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{file}: the header entry of {name} is damaged: {error}") from None
-        end = max(end, stored.offset + stored.num_bytes)
-        yield name, stored
-    if end != size:
-        problem = "truncated" if end > size else "damaged"
-        raise CheckpointError(
-            f"{file} is {problem}: it has {size} bytes where its header needs {end}: copy the file again"
-        )
-
-
-def _parse_header(file: Path) -> tuple[dict[str, Any], int, int]:
-    """Return the header, where the numbers begin, and the size of the file."""
-    try:
-        with file.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            prefix = stream.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if len(prefix) == 8 and length > MAX_HEADER_BYTES:
-                raise CheckpointError(
-                    f"{file} is not a safetensors file: its header would have {length} bytes"
-                )
-            if size < 8 + length or length < 2:
-                raise CheckpointError(
-                    f"{file} is truncated: it has {size} bytes, but its header alone needs "
-                    f"{max(8 + length, 10)}: copy the file again"
-                )
-            header = json.loads(stream.read(length))
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not a safetensors file: its header is not JSON ({error})") from None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{file} is not a safetensors file: its header is not a JSON object")
-    return header, 8 + length, size
-
-
-def _stored_tensor(file: Path, entry: Mapping[str, Any], data_start: int) -> StoredTensor:
-    if entry["dtype"] not in DTYPES:
-        raise ValueError(f"dtype {entry['dtype']!r} is not one of {', '.join(DTYPES)}")
-    dtype = DTYPES[entry["dtype"]]
-    shape = tuple(entry["shape"])
-    begin, end = entry["data_offsets"]
-    if not all(isinstance(number, int) for number in (*shape, begin, end)):
-        raise ValueError(f"shape {list(shape)} and bytes {begin} to {end} must be whole numbers")
-    num_bytes = math.prod(shape) * dtype.itemsize
-    if min(shape, default=0) < 0 or begin < 0 or end - begin != num_bytes:
-        raise ValueError(f"{entry['dtype']} of shape {list(shape)} cannot lie in bytes {begin} to {end}")
-    return StoredTensor(file, dtype, shape, data_start + begin, num_bytes)

@@ -28,6 +28,7 @@ keys to values: {"ServerConfig.port": 0, "ModelConfig.worldSize": 4, "ExpertMesh
 | fleet_host, fleet_port           | ExpertMesh.fleetAddress, .fleetPort       | data_address, 1028         |
 | data_address                     | ExpertMesh.dataAddress                    | 127.0.0.1                  |
 | device, dtype                    | ExpertMesh.device, .dtype                 | "cpu", "auto"              |
+| device_id                        | ExpertMesh.deviceId                       | None: not said             |
 | exchange                         | ExpertMesh.exchange                       | "links" on a CPU           |
 | same_host_transport              | ExpertMesh.sameHostTransport              | "auto"                     |
 | micro_batches                    | ExpertMesh.microBatches                   | 1: a step is not cut       |
@@ -116,6 +117,7 @@ class Config(BaseModel):
     fleet_port: Annotated[int, At("ExpertMesh.fleetPort", FLEET)]
     data_address: Annotated[str, At("ExpertMesh.dataAddress", FLEET)]
     device: Annotated[str, At("ExpertMesh.device", FLEET)]
+    device_id: Annotated[int | None, At("ExpertMesh.deviceId", FLEET)]
     dtype: Annotated[str, At("ExpertMesh.dtype", FLEET)]
     exchange: Annotated[str, At("ExpertMesh.exchange", FLEET)]
     same_host_transport: Annotated[str, At("ExpertMesh.sameHostTransport", FLEET)]
@@ -284,18 +286,3 @@ def fleet_token(config: Config) -> str:
     if not token.isascii() or not token.isprintable():
         raise ConfigError("the fleet token holds characters that are not printable ASCII: make a new one")
     return token
-
-
-def check_experts(config: Config, n_routed_experts: int) -> None:
-    """Check the configured group against the checkpoint.
-
-    Raises:
-        ConfigError: the routed experts cannot be dealt out evenly to moe_ep workers.
-    """
-    if config.experts_in_process or config.redundant_experts:
-        return  # where experts have replicas, these are what makes the numbers fit
-    if n_routed_experts % config.moe_ep != 0:
-        raise ConfigError(
-            f"ModelConfig[0].moe_ep is {config.moe_ep}, but it must divide the checkpoint's n_routed_experts "
-            f"({n_routed_experts}): choose another worldSize or moe_ep"
-        )

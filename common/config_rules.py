@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from common.config_file import ConfigFile, Sections
 from common.config_problems import Problem
 from common.mindie_model import ModelConfig
-from common.not_built import refusals, reports
+from common.not_built import refusals
 from common.section import warnings_of
 
 DEFAULT_WORLD_SIZE = 2
@@ -79,7 +79,6 @@ def warnings(file: ConfigFile, sections: Sections) -> Iterator[str]:
         asks_for_nothing = sections.value(key) in (None, False, "auto")
         if acts_at != level and sections.is_given(key) and not asks_for_nothing:
             yield f"{sections.path(key)} has no effect at ep_level {level}: it acts at ep_level {acts_at}"
-    yield from reports(sections)
     factor = sections.deepseek.topk_scaling_factor
     if factor is not None and factor < LEAST_FACTOR_OF_MINDIE:
         path = sections.path("models.deepseekv2.topk_scaling_factor")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from common import host_memory
 from common.errors import ConfigError
 
 
@@ -67,3 +68,12 @@ def open_device(name: str) -> torch.device:
     if device.torch_type != "cpu" and not torch.get_device_module(device.torch_type).is_available():
         raise ConfigError(f"device {name!r} is not available on this machine: choose device 'cpu'")
     return torch.device(device.torch_type)
+
+
+def free_memory(name: str) -> int:
+    """Bytes that weights can still take on a device that was opened: its own, or this machine's."""
+    device = find_device(name)
+    if device.torch_type == "cpu":
+        return host_memory.free_memory()
+    free_bytes, _ = torch.get_device_module(device.torch_type).mem_get_info()
+    return int(free_bytes)

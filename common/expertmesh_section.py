@@ -19,6 +19,7 @@ class ExpertMeshSection(Section, extra="forbid"):
     data_address: Address = "127.0.0.1"
     http_port: Port | None = None
     device: Literal["cpu", "cuda", "npu"] = "cpu"
+    device_id: int | None = Field(default=None, ge=0, le=63)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     experts_in_process: bool = False
     exchange: Literal["auto", "links", "collective"] = "auto"

@@ -1,4 +1,4 @@
-"""What the configuration has a place for and this version does not do: refused, or reported. Pure.
+"""What the configuration has a place for and this version does not do: refused. Pure.
 
 Whoever builds one of these takes its line out of here, and the words about it out of docs/configuration.md.
 """
@@ -10,9 +10,6 @@ from collections.abc import Iterator
 from common.config_file import Sections
 from common.config_problems import Problem, json_line
 
-REPORTED = ("ExpertMesh.topology",)
-"""Keys that reach `Config` and that nothing reads yet: warnings where they are not at their default."""
-
 NO_TLS = "TLS is not built in this version, and nothing is sent in plaintext silently: set it to false"
 REFUSED = {
     "ServerConfig.httpsEnabled": (False, NO_TLS),
@@ -22,15 +19,6 @@ REFUSED = {
     "ExpertMesh.device": ("cpu", 'only "cpu" is built in this version'),
 }
 """Keys that would silently be less safe, or other, than what was asked for: the one value, and why."""
-
-
-def reports(sections: Sections) -> Iterator[str]:
-    """Name every key that was set and has no effect yet."""
-    for key in REPORTED:
-        value = sections.value(key)
-        if value != sections.default(key):
-            here = f"{sections.path(key)} is {json_line(value)}"
-            yield f"{here} and has no effect: it is not built in this version"
 
 
 def refusals(sections: Sections) -> Iterator[Problem]:

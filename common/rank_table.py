@@ -4,13 +4,13 @@
         {"server_id": "10.0.0.1", "container_ip": "10.0.0.1", "device": [
             {"device_id": "0", "device_ip": "192.168.1.10", "rank_id": "0"}, ...]}, ...]}
 
-All values are strings. Keys that are not named here, such as super_device_id, are left alone.
+All values are strings. A device may have a super_device_id; keys that are not named here are left alone.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
 from typing import NoReturn
@@ -34,6 +34,7 @@ class DeviceRank:
         device: device_id, its number on that server.
         address: device_ip, where the other ranks reach it.
         container_ip: where its server's services are reached.
+        super_device: super_device_id, its number in a super-node (Atlas A3); empty elsewhere.
     """
 
     rank: int
@@ -41,6 +42,7 @@ class DeviceRank:
     device: int
     address: str
     container_ip: str
+    super_device: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,11 @@ class RankTable:
     def servers(self) -> tuple[str, ...]:
         """The servers, in the order of their first ranks; the first one is the master."""
         return tuple(dict.fromkeys(rank.server for rank in self.ranks))
+
+    @property
+    def is_super_node(self) -> bool:
+        """Whether the table numbers its devices in a super-node: they are Atlas A3 then."""
+        return any(rank.super_device for rank in self.ranks)
 
 
 def read_rank_table(path: Path, *, check_mode: bool = True) -> RankTable:
@@ -129,6 +136,10 @@ class _Place:
             self.refuse("must be a string that is not empty", "write a value in quotation marks")
         return self._value
 
+    def optional_text(self, key: str) -> str:
+        """The text at a key of an object; empty without the key."""
+        return self.entry(key).text() if isinstance(self._value, dict) and key in self._value else ""
+
     def number(self, bounds: tuple[int, int]) -> int:
         low, high = bounds
         text = self.text()
@@ -187,4 +198,5 @@ def _rank_of(server: _Place, device: _Place) -> DeviceRank:
         device=device.entry("device_id").number(DEVICE_IDS),
         address=device.entry("device_ip").address(),
         container_ip=server.entry("container_ip").text(),
+        super_device=device.optional_text("super_device_id"),
     )

@@ -12,6 +12,9 @@ from itertools import permutations
 
 SERVERS_IN_QUESTION = 2
 ALL_TO_ALL = 2
+LEVEL_1 = "set ep_level to 1"
+LEVEL_1_ON_LINKS = f"{LEVEL_1} and every ExpertMesh.dataAddress to one that the router reaches"
+"""A router has to reach each of its workers at both levels, where they are linked in pairs."""
 
 
 class Link(Enum):
@@ -113,7 +116,7 @@ def judge(
     if topology == "switch":
         return Judgement(Verdict.ALLOW, "ExpertMesh.topology says that there is a switch")
     if topology == "direct":
-        return _refusal(servers, "ExpertMesh.topology says that they are connected directly")
+        return _refusal(servers, "ExpertMesh.topology says that they are connected directly", LEVEL_1)
     if links is None:
         return Judgement(Verdict.ASK_DEVICES, "nobody has looked yet what the devices are connected to")
     return _judge_links(members, servers, links) or _judge_probes(members, servers, probes, is_mesh)
@@ -127,7 +130,9 @@ def _judge_links(
     for one in found:
         if one is not None and one.link is Link.DIRECT:
             return _refusal(
-                servers, f"device {one.device} of {one.server} is connected to another NPU: {one.reason}"
+                servers,
+                f"device {one.device} of {one.server} is connected to another NPU: {one.reason}",
+                LEVEL_1,
             )
     if len(found) == len(members) and all(one is not None and one.link is Link.SWITCH for one in found):
         return Judgement(Verdict.ALLOW, "every device is connected to a switch")
@@ -156,13 +161,14 @@ def _judge_probes(
         servers,
         f"{source.name} on {source.server} does not reach {target.name} on {target.server} "
         f"({failures[source, target]}){others}",
+        LEVEL_1 if is_mesh else LEVEL_1_ON_LINKS,
     )
 
 
-def _refusal(servers: Sequence[str], reason: str) -> Judgement:
+def _refusal(servers: Sequence[str], reason: str, otherwise: str) -> Judgement:
     first, second = servers
     return Judgement(
         Verdict.REFUSE,
         f"ep_level is 2 on the two servers {first} and {second}, which needs a switch between them, but "
-        f"{reason}; connect them through a switch, or set ep_level to 1",
+        f"{reason}; connect them through a switch, or {otherwise}",
     )

@@ -25,7 +25,7 @@ async def check_topology(
         topology: ExpertMesh.topology.
         members: routers and expert workers; their devices where they are NPUs.
         ask_devices: runs common.lldp.device_links on every server; called at most once.
-        probe_pairs: runs common.link_probe.probe at the source of every pair; called at most once.
+        probe_pairs: runs common.link_probe.probe at the source of each pair; called at most once.
         is_mesh: whether all members are in one group, or each worker is linked with routers only.
 
     Raises:

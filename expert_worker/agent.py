@@ -69,7 +69,9 @@ class Agent:
         Raises:
             ConfigError: the address cannot be bound.
         """
-        service = ControlService(self.executor, self.registration, self._model_path, self._be_useless)
+        service = ControlService(
+            self.executor, self.registration, self._model_path, self._data_address, self._be_useless
+        )
         self._server = await start_server(
             self.config.agent_host,
             self.config.agent_port,
@@ -115,13 +117,16 @@ class Agent:
 
     def _introduction(self) -> pb.RegisterRequest:
         ready = self.executor.ready
+        device = ready.device if ready is not None else self.config.device
         return pb.RegisterRequest(
             worker_id=self.worker_id,
             incarnation=self.executor.incarnation,
             address=self._advertised(),
-            device=ready.device if ready is not None else self.config.device,
+            device=device,
             arithmetic=ready.arithmetic if ready is not None else "",
             version=metadata.version("expertmesh"),
+            data_address=self._data_address,
+            device_id=_device_id(self.config, device),
         )
 
     def _advertised(self) -> str:
@@ -137,6 +142,14 @@ class Agent:
         elif host in WILDCARDS:
             host = self._data_address
         return f"{bracketed(host)}:{port}"
+
+
+def _device_id(config: Config, device: str) -> int | None:
+    """The number of this worker's device on its server: as configured, else as torch counts it."""
+    kind, _, number = device.partition(":")
+    if config.device_id is None and kind != "cpu" and number.isdecimal():
+        return int(number)
+    return config.device_id
 
 
 def _make_worker_id(config: Config) -> str:

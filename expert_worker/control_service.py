@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import CheckpointError, ConfigError, ControlError
+from common.link_probe import Listener, listening, probe
+from common.lldp import device_links
+from common.topology import Link
 from expert_worker.executor_link import ExecutorLink
 from expert_worker.messages import Linked, Loaded, Loading, Prepare, PrepareFailed
 from expert_worker.registration import Registration
@@ -23,6 +26,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RESTART_TIMEOUT_S = 45.0
+MOST_PROBE_S = 60.0
+"""How long a router can have this worker look around, or be reached."""
+KINDS = {
+    Link.SWITCH: pb.DEVICE_LINK_KIND_SWITCH,
+    Link.DIRECT: pb.DEVICE_LINK_KIND_DIRECT,
+    Link.UNKNOWN: pb.DEVICE_LINK_KIND_UNKNOWN,
+}
 FINAL_KINDS = {error.__name__: error for error in (CheckpointError, ConfigError)}
 """What preparing the same epoch again would meet again."""
 
@@ -35,6 +45,7 @@ class ControlService(fleet_pb2_grpc.ExpertWorkerServiceServicer):
         executor: ExecutorLink,
         registration: Registration,
         model_path: Path | None,
+        data_address: str,
         on_useless: Callable[[CheckpointError | ConfigError], None],
     ) -> None:
         """Serve.
@@ -43,11 +54,13 @@ class ControlService(fleet_pb2_grpc.ExpertWorkerServiceServicer):
             executor: what does the work.
             registration: knows the router.
             model_path: where this worker finds the checkpoint, if not where the router says.
+            data_address: this worker's address on the data plane.
             on_useless: called when this worker can never hold what it was asked to.
         """
         self._executor = executor
         self._registration = registration
         self._model_path = model_path
+        self._data_address = data_address
         self._on_useless = on_useless
 
     async def PrepareEpoch(
@@ -90,6 +103,33 @@ class ControlService(fleet_pb2_grpc.ExpertWorkerServiceServicer):
         logger.warning("the router asks for a new executor: %s", request.reason)
         return pb.RestartExecutorResponse(incarnation=await self._executor.restart(RESTART_TIMEOUT_S))
 
+    async def GetDeviceLink(
+        self, request: pb.GetDeviceLinkRequest, context: Context
+    ) -> pb.GetDeviceLinkResponse:
+        """Ask hccn_tool what the cable of an NPU leads to."""
+        self._check(request.term, request.incarnation)
+        timeout_s = min(request.timeout_s, MOST_PROBE_S)
+        (found,) = await device_links(self._data_address, [request.device_id], timeout_s)
+        return pb.GetDeviceLinkResponse(kind=KINDS[found.link], reason=found.reason)
+
+    async def AnswerProbes(
+        self, request: pb.AnswerProbesRequest, context: Context
+    ) -> AsyncIterator[pb.AnswerProbesResponse]:
+        """Listen on the data plane until the router ends the call."""
+        self._check(request.term, request.incarnation)
+        async with listening(self._data_address) as listener:
+            address = pb.ProbeAddress(host=listener.host, port=listener.port, token=listener.token)
+            yield pb.AnswerProbesResponse(address=address)
+            # A router that dies ends the call too; one that forgets it must not keep the port open.
+            await asyncio.sleep(MOST_PROBE_S)
+
+    async def ProbePeers(self, request: pb.ProbePeersRequest, context: Context) -> pb.ProbePeersResponse:
+        """Try to reach others on the data plane."""
+        self._check(request.term, request.incarnation)
+        targets = [Listener(one.host, one.port, one.token) for one in request.targets]
+        failures = await probe(self._data_address, targets, min(request.timeout_s, MOST_PROBE_S))
+        return pb.ProbePeersResponse(failures=failures)
+
     def _check(self, term: int, incarnation: int) -> None:
         if term != self._registration.term:
             raise ControlError(
@@ -118,6 +158,7 @@ class ControlService(fleet_pb2_grpc.ExpertWorkerServiceServicer):
             port=link.port,
             prefix=link.prefix,
             timeout_s=link.timeout_s,
+            buffer_bytes=request.buffer_bytes,
         )
 
     def _failed(self, answer: PrepareFailed) -> ControlError:

@@ -11,6 +11,8 @@ from pathlib import Path
 from common.errors import CheckpointError, ExpertMeshError
 from common.exchange.routing import RowShape
 from common.model_config import ModelConfig
+from common.preflight import require
+from common.preflight_memory import MemoryNeed, memory_finding
 from common.quantization.row_format import int8_layers
 from expert_worker.experts import LayerExperts
 from expert_worker.joining import JoinGroup, JoinLink, experts_of
@@ -39,6 +41,7 @@ class EpochLoading:
         joining: JoinLink | JoinGroup,
         on_loaded: Callable[[int, int, Layers], None],
         send: Callable[[object], None],
+        free_memory: Callable[[], int],
     ) -> None:
         """Prepare for epochs.
 
@@ -47,11 +50,13 @@ class EpochLoading:
             joining: how a router is joined.
             on_loaded: gets (term, epoch, layers) before the first rows of the epoch can arrive.
             send: to the agent, from any thread.
+            free_memory: bytes that weights can still take.
         """
         self._shard = shard
         self._joining = joining
         self._on_loaded = on_loaded
         self._send = send
+        self._free_memory = free_memory
         self._newest: dict[int, int] = {}
         # Epochs load one after another: two at a time would hold what neither needs any more.
         self._turn = threading.Lock()
@@ -85,6 +90,8 @@ class EpochLoading:
         def on_progress(loaded_bytes: int, total_bytes: int) -> None:
             nonlocal sent_at
             self._check(message)
+            if sent_at == 0.0:
+                self._check_memory(loaded_bytes, total_bytes, message)
             now = time.monotonic()
             if now - sent_at >= LOADING_INTERVAL_S:
                 sent_at = now
@@ -98,6 +105,18 @@ class EpochLoading:
                 message.term, message.epoch, self._shard.loaded_bytes, self._shard.describe_grouped_matmul()
             )
         )
+
+    def _check_memory(self, loaded_bytes: int, total_bytes: int, message: Prepare) -> None:
+        """Compare what is about to be read, and the buffers, with what is free."""
+        if loaded_bytes == total_bytes:
+            return
+        # A worker that has served has its buffers already.
+        need = MemoryNeed(total_bytes - loaded_bytes, buffers=0 if loaded_bytes else message.buffer_bytes)
+        remedy = "use more expert workers, free memory, or use a machine with more of it"
+        who = f"the expert worker of ep_rank {message.ep_rank}"
+        finding = memory_finding(who, self._shard.device, need, self._free_memory(), remedy)
+        logger.info("memory: %s", finding.sentence)
+        require([finding])
 
     def _join(self, message: Prepare) -> None:
         config = ModelConfig.from_directory(Path(message.model_path))

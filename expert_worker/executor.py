@@ -14,13 +14,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from common.channel import ChildChannel, Fatal, Shutdown
-from common.device import find_device, open_device
+from common.device import find_device, free_memory, open_device
 from common.errors import ConfigError, ControlError
 from common.exchange import Received
 from common.exchange.collective import CollectiveExpertExchange
@@ -123,7 +124,9 @@ class Executor:
         device = open_device(configure.device)
         kernels = load_kernels(configure.device)
         shard = Shard(kernels, device)
-        loading = EpochLoading(shard, joining, self._tables.add, self._channel.send)
+        loading = EpochLoading(
+            shard, joining, self._tables.add, self._channel.send, partial(free_memory, configure.device)
+        )
         self._channel.send(Ready(str(device), arithmetic_hash(kernels, device)))
         return loading
 

@@ -36,6 +36,7 @@ class Prepare:
         int8_layers: the layers whose rows the router sends in int8 at ep_level 2.
         exchange, host, port, prefix, timeout_s: how rows arrive, and where the link to the router is agreed
             on (fleet.proto, LinkAddress).
+        buffer_bytes: what is needed beside the weights.
     """
 
     term: int
@@ -52,6 +53,7 @@ class Prepare:
     port: int
     prefix: str
     timeout_s: float
+    buffer_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ Shapes: D hidden_size, F moe_intermediate_size.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,11 @@ from common.model_config import ModelConfig
 from common.quantization.description import FLOAT, W8A8_DYNAMIC
 from common.quantization.w8a8 import read_dynamic
 from common.stored_weights import StoredWeights
+from common.weight_sizes import expert_bytes
 from expert_worker.experts import LayerExperts
 from expert_worker.kernels import ExpertKernels, PackedExperts, PackedInt8Experts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-SCALE_BYTES = 4
-"""Of one out-feature of an int8 weight."""
 
 Expert = tuple[int, int]
 """layer_id, and the expert's index in the checkpoint."""
@@ -52,6 +49,11 @@ class Shard:
         self._experts: dict[Expert, PackedExperts | PackedInt8Experts] = {}
         self._num_bytes: dict[Expert, int] = {}
         self.loaded_bytes = 0
+
+    @property
+    def device(self) -> str:
+        """Where the experts are: "cpu", "cuda:0"."""
+        return str(self._device)
 
     def hold(
         self,
@@ -133,10 +135,7 @@ class _ExpertReader:
 
     def num_bytes(self, expert: Expert) -> int:
         """What the expert takes in memory."""
-        sizes = [(math.prod(shape), shape[0]) for _, shape in self._parts(expert)]
-        if self._type_of(expert) == FLOAT:
-            return sum(num_elements for num_elements, _ in sizes) * self._dtype.itemsize
-        return sum(num_elements + num_out * SCALE_BYTES for num_elements, num_out in sizes)
+        return expert_bytes(self._config, self._type_of(expert), self._dtype.itemsize)
 
     def read(
         self, expert: Expert, kernels: ExpertKernels, device: torch.device

@@ -14,7 +14,10 @@ from typing import Any, Self
 
 from common.config import TOKEN_VARIABLE, Config, load_config
 from common.config_file import VARIABLES
-from common.errors import ConfigError, ControlError
+from common.environment import RANK_TABLE_VARIABLE, rank_table_file
+from common.errors import CheckpointError, ConfigError, ControlError
+from common.preflight import require
+from expertmesh.preflight import together_here
 from expertmesh.processes import OnLine, Processes, Service, new_token
 
 logger = logging.getLogger(__name__)
@@ -108,11 +111,18 @@ class Fleet:
         self._config = Path(self._folder.name) / "config.json"
         try:
             config = settings.write(self._config)
+            _check_room(config)
         except ConfigError:
             self._folder.cleanup()
             raise
         self._num_workers = 0 if config.experts_in_process else config.world_size
-        self._processes = Processes(on_line, {**settings.environment(), TOKEN_VARIABLE: new_token()})
+        if rank_table_file() is not None:
+            logger.warning(
+                "%s has no effect: a rank table is about two servers or more, and this fleet is on one",
+                RANK_TABLE_VARIABLE,
+            )
+        environment = {**settings.environment(), TOKEN_VARIABLE: new_token(), RANK_TABLE_VARIABLE: ""}
+        self._processes = Processes(on_line, environment)
         self._router: Service | None = None
         self._keepers: list[asyncio.Task[None]] = []
         self._is_ready = False
@@ -208,6 +218,21 @@ class Fleet:
             logger.warning("%s; starting it again in %.1f s", worker.why(), delay_s)
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, LONGEST_RESTART_DELAY_S)
+
+
+def _check_room(config: Config) -> None:
+    """Refuse to start what would not fit into this machine's memory: each service can only see its own part.
+
+    Raises:
+        ConfigError: what is needed, and what is free.
+    """
+    if config.device != "cpu" or config.model_path is None:
+        return
+    try:
+        finding = together_here(config, Path(config.model_path))
+    except CheckpointError:
+        return  # the router says so, with what it knows
+    require([finding])
 
 
 async def _drain(service: Service) -> None:

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -17,6 +18,34 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _DeviceLinkKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DeviceLinkKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DeviceLinkKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DEVICE_LINK_KIND_UNSPECIFIED: _DeviceLinkKind.ValueType  # 0
+    """Not said."""
+    DEVICE_LINK_KIND_SWITCH: _DeviceLinkKind.ValueType  # 1
+    """A switch."""
+    DEVICE_LINK_KIND_DIRECT: _DeviceLinkKind.ValueType  # 2
+    """Another NPU."""
+    DEVICE_LINK_KIND_UNKNOWN: _DeviceLinkKind.ValueType  # 3
+    """Nobody knows: hccn_tool is not there, gave no answer, or one that says neither."""
+
+class DeviceLinkKind(_DeviceLinkKind, metaclass=_DeviceLinkKindEnumTypeWrapper):
+    """What a cable leads to."""
+
+DEVICE_LINK_KIND_UNSPECIFIED: DeviceLinkKind.ValueType  # 0
+"""Not said."""
+DEVICE_LINK_KIND_SWITCH: DeviceLinkKind.ValueType  # 1
+"""A switch."""
+DEVICE_LINK_KIND_DIRECT: DeviceLinkKind.ValueType  # 2
+"""Another NPU."""
+DEVICE_LINK_KIND_UNKNOWN: DeviceLinkKind.ValueType  # 3
+"""Nobody knows: hccn_tool is not there, gave no answer, or one that says neither."""
+Global___DeviceLinkKind: _TypeAlias = DeviceLinkKind  # noqa: Y015
 
 @_typing.final
 class RegisterRequest(_message.Message):
@@ -30,6 +59,8 @@ class RegisterRequest(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     ARITHMETIC_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    DATA_ADDRESS_FIELD_NUMBER: _builtins.int
+    DEVICE_ID_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Unique in the fleet and the same after a restart, for example "host-0"."""
     incarnation: _builtins.int
@@ -42,6 +73,10 @@ class RegisterRequest(_message.Message):
     """Hash of a fixed computation on this device; the same hash means bitwise the same results."""
     version: _builtins.str
     """The version of expertmesh the worker runs."""
+    data_address: _builtins.str
+    """Its address on the data plane; it says on which server the worker is."""
+    device_id: _builtins.int
+    """The number of its device on that server, where the worker knows it: a rank table and hccn_tool count alike."""
     def __init__(
         self,
         *,
@@ -51,12 +86,16 @@ class RegisterRequest(_message.Message):
         device: _builtins.str = ...,
         arithmetic: _builtins.str = ...,
         version: _builtins.str = ...,
+        data_address: _builtins.str = ...,
+        device_id: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_device_id", b"_device_id", "device_id", b"device_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "arithmetic", b"arithmetic", "device", b"device", "incarnation", b"incarnation", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_device_id", b"_device_id", "address", b"address", "arithmetic", b"arithmetic", "data_address", b"data_address", "device", b"device", "device_id", b"device_id", "incarnation", b"incarnation", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__device_id: _TypeAlias = _typing.Literal["device_id"]  # noqa: Y015
+    _WhichOneofArgType__device_id: _TypeAlias = _typing.Literal["_device_id", b"_device_id"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__device_id) -> _WhichOneofReturnType__device_id | None: ...
 
 Global___RegisterRequest: _TypeAlias = RegisterRequest  # noqa: Y015
 
@@ -102,6 +141,7 @@ class PrepareEpochRequest(_message.Message):
     LAYERS_FIELD_NUMBER: _builtins.int
     LINK_FIELD_NUMBER: _builtins.int
     INT8_LAYERS_FIELD_NUMBER: _builtins.int
+    BUFFER_BYTES_FIELD_NUMBER: _builtins.int
     term: _builtins.int
     """The term the worker registered with."""
     incarnation: _builtins.int
@@ -116,6 +156,8 @@ class PrepareEpochRequest(_message.Message):
     """The checkpoint's directory, as the router's configuration names it; the worker's own configuration may override it."""
     dtype: _builtins.str
     """"float32" or "bfloat16"."""
+    buffer_bytes: _builtins.int
+    """What the worker needs beside its weights, in bytes: it refuses before it loads where there is less memory."""
     @_builtins.property
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerExperts]:
         """What the worker holds in this epoch, one entry per MoE layer."""
@@ -143,10 +185,11 @@ class PrepareEpochRequest(_message.Message):
         layers: _abc.Iterable[Global___LayerExperts] | None = ...,
         link: Global___LinkAddress | None = ...,
         int8_layers: _abc.Iterable[_builtins.int] | None = ...,
+        buffer_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["link", b"link"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "ep_rank", b"ep_rank", "ep_size", b"ep_size", "epoch", b"epoch", "incarnation", b"incarnation", "int8_layers", b"int8_layers", "layers", b"layers", "link", b"link", "model_path", b"model_path", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer_bytes", b"buffer_bytes", "dtype", b"dtype", "ep_rank", b"ep_rank", "ep_size", b"ep_size", "epoch", b"epoch", "incarnation", b"incarnation", "int8_layers", b"int8_layers", "layers", b"layers", "link", b"link", "model_path", b"model_path", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -436,3 +479,203 @@ class RestartExecutorResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RestartExecutorResponse: _TypeAlias = RestartExecutorResponse  # noqa: Y015
+
+@_typing.final
+class GetDeviceLinkRequest(_message.Message):
+    """Asks about one NPU of the worker's server."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TERM_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    DEVICE_ID_FIELD_NUMBER: _builtins.int
+    TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    term: _builtins.int
+    """The term the worker registered with."""
+    incarnation: _builtins.int
+    """The incarnation the router means."""
+    device_id: _builtins.int
+    """Its number on the server, as hccn_tool counts."""
+    timeout_s: _builtins.float
+    """Seconds hccn_tool may take."""
+    def __init__(
+        self,
+        *,
+        term: _builtins.int = ...,
+        incarnation: _builtins.int = ...,
+        device_id: _builtins.int = ...,
+        timeout_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "incarnation", b"incarnation", "term", b"term", "timeout_s", b"timeout_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetDeviceLinkRequest: _TypeAlias = GetDeviceLinkRequest  # noqa: Y015
+
+@_typing.final
+class GetDeviceLinkResponse(_message.Message):
+    """What the neighbour of an NPU says it is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    kind: Global___DeviceLinkKind.ValueType
+    """What the cable leads to."""
+    reason: _builtins.str
+    """By what we know it: part of a sentence for people."""
+    def __init__(
+        self,
+        *,
+        kind: Global___DeviceLinkKind.ValueType = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetDeviceLinkResponse: _TypeAlias = GetDeviceLinkResponse  # noqa: Y015
+
+@_typing.final
+class AnswerProbesRequest(_message.Message):
+    """Asks a worker to be reached."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TERM_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    term: _builtins.int
+    """The term the worker registered with."""
+    incarnation: _builtins.int
+    """The incarnation the router means."""
+    def __init__(
+        self,
+        *,
+        term: _builtins.int = ...,
+        incarnation: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "term", b"term"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AnswerProbesRequest: _TypeAlias = AnswerProbesRequest  # noqa: Y015
+
+@_typing.final
+class AnswerProbesResponse(_message.Message):
+    """The worker listens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def address(self) -> Global___ProbeAddress:
+        """Where, until the call ends."""
+
+    def __init__(
+        self,
+        *,
+        address: Global___ProbeAddress | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["address", b"address"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AnswerProbesResponse: _TypeAlias = AnswerProbesResponse  # noqa: Y015
+
+@_typing.final
+class ProbeAddress(_message.Message):
+    """Where somebody waits to be reached on the data plane."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOST_FIELD_NUMBER: _builtins.int
+    PORT_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    host: _builtins.str
+    """HOST on the data plane."""
+    port: _builtins.int
+    """A port of its own."""
+    token: _builtins.str
+    """What is answered there, so that nobody else is taken for the one who was meant."""
+    def __init__(
+        self,
+        *,
+        host: _builtins.str = ...,
+        port: _builtins.int = ...,
+        token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "port", b"port", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbeAddress: _TypeAlias = ProbeAddress  # noqa: Y015
+
+@_typing.final
+class ProbePeersRequest(_message.Message):
+    """Asks a worker to reach others."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TERM_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    TARGETS_FIELD_NUMBER: _builtins.int
+    TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    term: _builtins.int
+    """The term the worker registered with."""
+    incarnation: _builtins.int
+    """The incarnation the router means."""
+    timeout_s: _builtins.float
+    """Seconds each attempt may take."""
+    @_builtins.property
+    def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProbeAddress]:
+        """Whom to reach."""
+
+    def __init__(
+        self,
+        *,
+        term: _builtins.int = ...,
+        incarnation: _builtins.int = ...,
+        targets: _abc.Iterable[Global___ProbeAddress] | None = ...,
+        timeout_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "targets", b"targets", "term", b"term", "timeout_s", b"timeout_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbePeersRequest: _TypeAlias = ProbePeersRequest  # noqa: Y015
+
+@_typing.final
+class ProbePeersResponse(_message.Message):
+    """Who was reached."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FAILURES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def failures(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """One per target, in their order: why it was not reached; empty where it was."""
+
+    def __init__(
+        self,
+        *,
+        failures: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failures", b"failures"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbePeersResponse: _TypeAlias = ProbePeersResponse  # noqa: Y015

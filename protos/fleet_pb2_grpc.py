@@ -131,6 +131,21 @@ class ExpertWorkerServiceStub(object):
                 request_serializer=protos_dot_fleet__pb2.RestartExecutorRequest.SerializeToString,
                 response_deserializer=protos_dot_fleet__pb2.RestartExecutorResponse.FromString,
                 _registered_method=True)
+        self.GetDeviceLink = channel.unary_unary(
+                '/expertmesh.v1.ExpertWorkerService/GetDeviceLink',
+                request_serializer=protos_dot_fleet__pb2.GetDeviceLinkRequest.SerializeToString,
+                response_deserializer=protos_dot_fleet__pb2.GetDeviceLinkResponse.FromString,
+                _registered_method=True)
+        self.AnswerProbes = channel.unary_stream(
+                '/expertmesh.v1.ExpertWorkerService/AnswerProbes',
+                request_serializer=protos_dot_fleet__pb2.AnswerProbesRequest.SerializeToString,
+                response_deserializer=protos_dot_fleet__pb2.AnswerProbesResponse.FromString,
+                _registered_method=True)
+        self.ProbePeers = channel.unary_unary(
+                '/expertmesh.v1.ExpertWorkerService/ProbePeers',
+                request_serializer=protos_dot_fleet__pb2.ProbePeersRequest.SerializeToString,
+                response_deserializer=protos_dot_fleet__pb2.ProbePeersResponse.FromString,
+                _registered_method=True)
 
 
 class ExpertWorkerServiceServicer(object):
@@ -161,6 +176,27 @@ class ExpertWorkerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetDeviceLink(self, request, context):
+        """Asks hccn_tool what the cable of an NPU leads to.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AnswerProbes(self, request, context):
+        """Listens on the data plane and answers probes until the call ends. Streams one message: where.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ProbePeers(self, request, context):
+        """Tries to reach others on the data plane, all at once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ExpertWorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -178,6 +214,21 @@ def add_ExpertWorkerServiceServicer_to_server(servicer, server):
                     servicer.RestartExecutor,
                     request_deserializer=protos_dot_fleet__pb2.RestartExecutorRequest.FromString,
                     response_serializer=protos_dot_fleet__pb2.RestartExecutorResponse.SerializeToString,
+            ),
+            'GetDeviceLink': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetDeviceLink,
+                    request_deserializer=protos_dot_fleet__pb2.GetDeviceLinkRequest.FromString,
+                    response_serializer=protos_dot_fleet__pb2.GetDeviceLinkResponse.SerializeToString,
+            ),
+            'AnswerProbes': grpc.unary_stream_rpc_method_handler(
+                    servicer.AnswerProbes,
+                    request_deserializer=protos_dot_fleet__pb2.AnswerProbesRequest.FromString,
+                    response_serializer=protos_dot_fleet__pb2.AnswerProbesResponse.SerializeToString,
+            ),
+            'ProbePeers': grpc.unary_unary_rpc_method_handler(
+                    servicer.ProbePeers,
+                    request_deserializer=protos_dot_fleet__pb2.ProbePeersRequest.FromString,
+                    response_serializer=protos_dot_fleet__pb2.ProbePeersResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -264,6 +315,87 @@ class ExpertWorkerService(object):
             '/expertmesh.v1.ExpertWorkerService/RestartExecutor',
             protos_dot_fleet__pb2.RestartExecutorRequest.SerializeToString,
             protos_dot_fleet__pb2.RestartExecutorResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetDeviceLink(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.ExpertWorkerService/GetDeviceLink',
+            protos_dot_fleet__pb2.GetDeviceLinkRequest.SerializeToString,
+            protos_dot_fleet__pb2.GetDeviceLinkResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AnswerProbes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/expertmesh.v1.ExpertWorkerService/AnswerProbes',
+            protos_dot_fleet__pb2.AnswerProbesRequest.SerializeToString,
+            protos_dot_fleet__pb2.AnswerProbesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ProbePeers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.ExpertWorkerService/ProbePeers',
+            protos_dot_fleet__pb2.ProbePeersRequest.SerializeToString,
+            protos_dot_fleet__pb2.ProbePeersResponse.FromString,
             options,
             channel_credentials,
             insecure,

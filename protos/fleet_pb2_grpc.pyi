@@ -81,6 +81,12 @@ class ExpertWorkerServiceStub:
     """Proves the host alive and reads what its executor is doing."""
     RestartExecutor: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.RestartExecutorRequest, _fleet_pb2.RestartExecutorResponse]
     """Kills the executor and starts a new one, with a new incarnation. The agent then registers again."""
+    GetDeviceLink: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.GetDeviceLinkRequest, _fleet_pb2.GetDeviceLinkResponse]
+    """Asks hccn_tool what the cable of an NPU leads to."""
+    AnswerProbes: _grpc.UnaryStreamMultiCallable[_fleet_pb2.AnswerProbesRequest, _fleet_pb2.AnswerProbesResponse]
+    """Listens on the data plane and answers probes until the call ends. Streams one message: where."""
+    ProbePeers: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.ProbePeersRequest, _fleet_pb2.ProbePeersResponse]
+    """Tries to reach others on the data plane, all at once."""
 
 @_typing.type_check_only
 class ExpertWorkerServiceAsyncStub(ExpertWorkerServiceStub):
@@ -98,6 +104,12 @@ class ExpertWorkerServiceAsyncStub(ExpertWorkerServiceStub):
     """Proves the host alive and reads what its executor is doing."""
     RestartExecutor: _aio.UnaryUnaryMultiCallable[_fleet_pb2.RestartExecutorRequest, _fleet_pb2.RestartExecutorResponse]  # type: ignore[assignment]
     """Kills the executor and starts a new one, with a new incarnation. The agent then registers again."""
+    GetDeviceLink: _aio.UnaryUnaryMultiCallable[_fleet_pb2.GetDeviceLinkRequest, _fleet_pb2.GetDeviceLinkResponse]  # type: ignore[assignment]
+    """Asks hccn_tool what the cable of an NPU leads to."""
+    AnswerProbes: _aio.UnaryStreamMultiCallable[_fleet_pb2.AnswerProbesRequest, _fleet_pb2.AnswerProbesResponse]  # type: ignore[assignment]
+    """Listens on the data plane and answers probes until the call ends. Streams one message: where."""
+    ProbePeers: _aio.UnaryUnaryMultiCallable[_fleet_pb2.ProbePeersRequest, _fleet_pb2.ProbePeersResponse]  # type: ignore[assignment]
+    """Tries to reach others on the data plane, all at once."""
 
 class ExpertWorkerServiceServicer(metaclass=_abc_1.ABCMeta):
     """What a router asks of an expert worker's agent. Every call carries the fleet token, and a term and an incarnation
@@ -130,5 +142,29 @@ class ExpertWorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_fleet_pb2.RestartExecutorResponse, _abc.Awaitable[_fleet_pb2.RestartExecutorResponse]]:
         """Kills the executor and starts a new one, with a new incarnation. The agent then registers again."""
+
+    @_abc_1.abstractmethod
+    def GetDeviceLink(
+        self,
+        request: _fleet_pb2.GetDeviceLinkRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fleet_pb2.GetDeviceLinkResponse, _abc.Awaitable[_fleet_pb2.GetDeviceLinkResponse]]:
+        """Asks hccn_tool what the cable of an NPU leads to."""
+
+    @_abc_1.abstractmethod
+    def AnswerProbes(
+        self,
+        request: _fleet_pb2.AnswerProbesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_fleet_pb2.AnswerProbesResponse], _abc.AsyncIterator[_fleet_pb2.AnswerProbesResponse]]:
+        """Listens on the data plane and answers probes until the call ends. Streams one message: where."""
+
+    @_abc_1.abstractmethod
+    def ProbePeers(
+        self,
+        request: _fleet_pb2.ProbePeersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fleet_pb2.ProbePeersResponse, _abc.Awaitable[_fleet_pb2.ProbePeersResponse]]:
+        """Tries to reach others on the data plane, all at once."""
 
 def add_ExpertWorkerServiceServicer_to_server(servicer: ExpertWorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -12,13 +12,17 @@ from pathlib import Path
 import torch
 
 from common import process_group
-from common.device import find_device
+from common.device import find_device, free_memory
 from common.errors import ConfigError
 from common.exchange.loopback import LoopbackExchange
 from common.exchange.routing import RowShape
+from common.kv_cache_size import KvCacheSize, fit_kv_cache
 from common.model_config import ModelConfig
+from common.preflight import require
+from common.preflight_memory import MemoryNeed, memory_finding
 from common.quantization.row_format import int8_layers
 from common.timeline import Timeline
+from common.weight_sizes import WeightSizes
 from router.connector import Connector
 from router.engine import Engine, Membership
 from router.expert_load import ExpertLoads
@@ -91,9 +95,10 @@ def load(
     config = ModelConfig.from_directory(Path(configure.model_path))
     dtype = resolve_dtype(config, configure.dtype)
     device = torch.device(configure.device)
-    bytes_per_block = LatentCache.bytes_per_block(config, configure.block_size, dtype)
     tune = Tune(**configure.tune)
-    limits = size_cache(configure, tune, config.max_position_embeddings, bytes_per_block)
+    cache_size = size_cache(configure, tune, config, dtype.itemsize)
+    limits = _limits(configure, tune, cache_size)
+    _check_memory(configure, config, dtype, cache_size)
     scheduler = Scheduler(limits)
     address = _open_address(configure)
     progress = LoadingProgress(send)
@@ -136,39 +141,65 @@ def load(
     return LoadedEngine(engine, connector, timeline)
 
 
-def size_cache(
-    configure: Configure, tune: Tune, max_position_embeddings: int, bytes_per_block: int
-) -> Limits:
-    """Fit cache and sequences into the budget, and take no more blocks than full batches can use.
+def size_cache(configure: Configure, tune: Tune, config: ModelConfig, item_bytes: int) -> KvCacheSize:
+    """Fit cache and sequences into the budget.
 
     Raises:
         ConfigError: the budget holds no block.
     """
-    num_blocks = configure.kv_cache_bytes // bytes_per_block
-    if num_blocks < 1:
+    block_size = configure.block_size
+    found = fit_kv_cache(
+        config,
+        configure.kv_cache_bytes,
+        block_size,
+        item_bytes,
+        configure.max_seq_len,
+        tune.max_batch_size,
+    )
+    if found.num_blocks < 1:
         raise ConfigError(
-            f"{configure.kv_cache_bytes} bytes for the KV cache hold no block of {configure.block_size} "
-            f"tokens, which takes {bytes_per_block}: raise cpuMemSize or lower the block size"
+            f"{configure.kv_cache_bytes} bytes for the KV cache hold no block of {block_size} "
+            f"tokens, which takes {found.bytes_per_block}: raise cpuMemSize or lower the block size"
         )
-    most = min(max_position_embeddings, num_blocks * configure.block_size)
-    max_seq_len = most if configure.max_seq_len is None else min(configure.max_seq_len, most)
-    if configure.max_seq_len is not None and configure.max_seq_len > most:
+    if configure.max_seq_len is not None and configure.max_seq_len > found.max_seq_len:
         logger.warning(
-            "maxSeqLen %d is more than the checkpoint (%d positions) and the KV cache (%d tokens) allow: "
+            "maxSeqLen %d is more than the checkpoint (%d positions) and the KV cache (%d bytes) allow: "
             "%d is used",
             configure.max_seq_len,
-            max_position_embeddings,
-            num_blocks * configure.block_size,
-            max_seq_len,
+            config.max_position_embeddings,
+            configure.kv_cache_bytes,
+            found.max_seq_len,
         )
-    useful = tune.max_batch_size * -(-max_seq_len // configure.block_size)
+    return found
+
+
+def _limits(configure: Configure, tune: Tune, cache_size: KvCacheSize) -> Limits:
     return Limits(
-        num_blocks=min(num_blocks, useful),
+        num_blocks=cache_size.num_blocks,
         block_size=configure.block_size,
         max_batch_size=tune.max_batch_size,
         max_prefill_tokens=tune.max_prefill_tokens,
-        max_seq_len=max_seq_len,
+        max_seq_len=cache_size.max_seq_len,
     )
+
+
+def _check_memory(
+    configure: Configure, config: ModelConfig, dtype: torch.dtype, cache_size: KvCacheSize
+) -> None:
+    """Compare what will be held with what is free, before anything is.
+
+    Raises:
+        ConfigError: there is less than that.
+    """
+    sizes = WeightSizes(Path(configure.model_path), config, str(dtype).removeprefix("torch."))
+    weights = sizes.router_bytes()
+    if configure.experts_in_process:
+        weights += sizes.shard_bytes(_all_experts(config))
+    need = MemoryNeed(weights, kv_cache=cache_size.num_bytes)
+    remedy = "lower ModelConfig[0].cpuMemSize, free memory, or use a machine with more of it"
+    finding = memory_finding("the router", configure.device, need, free_memory(configure.device), remedy)
+    logger.info("memory: %s", finding.sentence)
+    require([finding])
 
 
 def _open_address(configure: Configure) -> LinkAddress | None:
@@ -183,9 +214,13 @@ def _experts_in_process(
     configure: Configure, config: ModelConfig, shape: RowShape, progress: LoadingProgress
 ) -> Membership:
     """Epoch 1 of a fleet that is this process: the one place where the two roles meet."""
-    experts = {layer_id: tuple(range(config.n_routed_experts)) for layer_id in config.moe_layer_ids}
+    experts = _all_experts(config)
     open_experts = import_module("expert_worker.in_process").open_experts
     compute = open_experts(Path(configure.model_path), configure.dtype, configure.device, experts, progress)
     exchange = LoopbackExchange(compute, experts, shape.int8_layers, shape.quantize_rows)
     # Nobody is waited for here: there is no deadline to set.
     return Membership(1, exchange, 1, list, lambda _: None)
+
+
+def _all_experts(config: ModelConfig) -> dict[int, tuple[int, ...]]:
+    return dict.fromkeys(config.moe_layer_ids, tuple(range(config.n_routed_experts)))

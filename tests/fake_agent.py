@@ -10,16 +10,33 @@ import grpc
 
 from common.grpc_server import RunningServer, start_server
 from common.interceptors import FleetTokenInterceptor, token_metadata
+from common.link_probe import Listener, listening, probe
 from protos import fleet_pb2 as pb
 from protos import fleet_pb2_grpc
 
 
 class FakeAgent(fleet_pb2_grpc.ExpertWorkerServiceServicer):
-    """`executor_state` and `fails_prepare` steer it; `epochs` and `restarts` tell what was asked of it."""
+    """`executor_state`, `fails_prepare`, `cable` and `is_reachable` steer it; the rest tells what was asked.
 
-    def __init__(self, worker_id: str, token: str) -> None:
+    Attributes:
+        host: where it listens, on the control plane and on the data plane.
+        cable: what hccn_tool says of its device.
+        is_reachable: whether its probes are answered at the port that it names.
+        devices: what hccn_tool was asked about.
+        num_probed: how many others it tried to reach.
+    """
+
+    def __init__(
+        self, worker_id: str, token: str, host: str = "127.0.0.1", device_id: int | None = None
+    ) -> None:
         self.worker_id = worker_id
         self.token = token
+        self.host = host
+        self.device_id = device_id
+        self.cable: pb.DeviceLinkKind.ValueType = pb.DEVICE_LINK_KIND_UNKNOWN
+        self.is_reachable = True
+        self.devices: list[int] = []
+        self.num_probed = 0
         self.incarnation = 1
         self.executor_state = "ready"
         self.fails_prepare = 0
@@ -31,7 +48,7 @@ class FakeAgent(fleet_pb2_grpc.ExpertWorkerServiceServicer):
     async def start(self, fleet_address: str) -> None:
         self.fleet_address = fleet_address
         self.server = await start_server(
-            "127.0.0.1",
+            self.host,
             0,
             lambda server: fleet_pb2_grpc.add_ExpertWorkerServiceServicer_to_server(self, server),
             ("expertmesh.v1.ExpertWorkerService",),
@@ -50,6 +67,8 @@ class FakeAgent(fleet_pb2_grpc.ExpertWorkerServiceServicer):
                     device="cpu",
                     arithmetic="abc",
                     version="0.1.0",
+                    data_address=self.host,
+                    device_id=self.device_id,
                 ),
                 metadata=token_metadata(token or self.token),
                 timeout=5,
@@ -72,6 +91,23 @@ class FakeAgent(fleet_pb2_grpc.ExpertWorkerServiceServicer):
         if request.incarnation != self.incarnation:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "another incarnation")
         return pb.HeartbeatResponse(executor_state=self.executor_state, progress=7, cpu_time_ns=2_000_000)
+
+    async def GetDeviceLink(self, request: Any, context: Any) -> pb.GetDeviceLinkResponse:  # noqa: N802
+        self.devices.append(request.device_id)
+        return pb.GetDeviceLinkResponse(kind=self.cable, reason="its neighbour says so")
+
+    async def AnswerProbes(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        async with listening(self.host) as listener:
+            token = listener.token if self.is_reachable else "of somebody else"
+            yield pb.AnswerProbesResponse(
+                address=pb.ProbeAddress(host=listener.host, port=listener.port, token=token)
+            )
+            await asyncio.sleep(60)
+
+    async def ProbePeers(self, request: Any, context: Any) -> pb.ProbePeersResponse:  # noqa: N802
+        targets = [Listener(one.host, one.port, one.token) for one in request.targets]
+        self.num_probed += len(targets)
+        return pb.ProbePeersResponse(failures=await probe(self.host, targets, request.timeout_s))
 
     async def RestartExecutor(self, request: Any, context: Any) -> pb.RestartExecutorResponse:  # noqa: N802
         self.restarts.append(request.reason)

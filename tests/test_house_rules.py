@@ -109,6 +109,9 @@ TORCH_FREE = (
         "common/topology",
         "common/topology_check",
     ),
+    *("common/checkpoint_headers", "common/tensor_names", "common/weight_sizes", "common/kv_cache_size"),
+    *("common/environment", "common/host_memory", "common/rank_seats", "common/preflight"),
+    *("common/preflight_fleet", "common/preflight_group", "common/preflight_memory", "common/preflight_npu"),
     "common/native",
 )
 EDGES = (
@@ -142,6 +145,7 @@ OBJECT_COLLECTIVES = {
 # The configuration reads the environment; those that start processes hand it on.
 ENVIRONMENT = (
     "common/config.py",
+    "common/environment.py",
     "common/child_process.py",
     "expertmesh/processes.py",
     "expertmesh/__main__.py",

@@ -14,14 +14,15 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from common.config import Effective, check_experts, resolve
+from common.config import Effective, resolve
 from common.config_problems import json_line
 from common.errors import CheckpointError, ConfigError
 from common.json_file import read_json, shown_path
-from common.model_config import ModelConfig
+from common.preflight import Finding, require
 from expertmesh.admin_client import AdminClient
 from expertmesh.cli.fleet_options import DEFAULT_ADMIN
 from expertmesh.cli.terminal import BAD_INPUT, output, plain, print_json, run
+from expertmesh.preflight import alone_here, everywhere
 from protos import admin_pb2
 
 WIDTH = 44
@@ -54,15 +55,16 @@ def check(
     """Check FILE, offline: show what is in effect, where it came from, and what has no effect."""
     try:
         effective = resolve(file)
-        warnings = [*effective.config.warnings, *_check_checkpoint(file, effective)]
+        findings: list[Finding] = []
+        warnings = [*effective.config.warnings, *_check_checkpoint(file, effective, findings)]
     except ConfigError as error:
         for problem in error.problems:
             print(f"expertmesh: {problem}", file=sys.stderr)
         raise typer.Exit(BAD_INPUT) from None
     if json:
-        print_json(_as_json(effective, warnings))
+        print_json(_as_json(effective, findings, warnings))
     else:
-        _print_lines(effective, warnings)
+        _print_lines(effective, findings, warnings)
 
 
 @config.command()
@@ -176,11 +178,13 @@ def _print_outcome(
     print(f"version {outcome.version} is {'now ' if outcome.applied else ''}in force; {differences}")
 
 
-def _check_checkpoint(file: Path, effective: Effective) -> Iterator[str]:
+def _check_checkpoint(file: Path, effective: Effective, findings: list[Finding]) -> Iterator[str]:
     """Check the configuration against the checkpoint; warn where there is none on this machine.
 
+    What was found is added to `findings`. What this machine lacks is a warning: others may have it.
+
     Raises:
-        ConfigError: no checkpoint that can be served, or its experts cannot be dealt out to the workers.
+        ConfigError: no checkpoint that can be served, or it does not fit the configuration.
     """
     path = effective.origins["model_path"].detail
     directory = effective.config.model_path
@@ -191,28 +195,43 @@ def _check_checkpoint(file: Path, effective: Effective) -> Iterator[str]:
         yield f"{path} is {json_line(directory)}, which does not exist on this machine"
     else:
         try:
-            model = ModelConfig.from_directory(Path(directory))
-            check_experts(effective.config, model.n_routed_experts)
+            findings += everywhere(effective.config, Path(directory))
+            require(findings)
         except CheckpointError as error:
             raise ConfigError(f"{shown_path(file)}: {path} is {json_line(directory)}, but {error}") from None
         except ConfigError as error:
-            raise ConfigError(f"{shown_path(file)}: {error}") from None
+            raise ConfigError(*(f"{shown_path(file)}: {problem}" for problem in error.problems)) from None
+        yield from _check_memory(effective, Path(directory), findings)
 
 
-def _as_json(effective: Effective, warnings: list[str]) -> dict[str, object]:
+def _check_memory(effective: Effective, directory: Path, findings: list[Finding]) -> Iterator[str]:
+    try:
+        found = list(alone_here(effective.config, directory))
+    except (CheckpointError, ConfigError) as error:
+        yield f"the services could not load: {error}"
+        return
+    findings += found
+    yield from (finding.sentence for finding in found if not finding.is_met)
+
+
+def _as_json(effective: Effective, findings: list[Finding], warnings: list[str]) -> dict[str, object]:
     return {
         "config": effective.config.model_dump(mode="json", exclude={"warnings"}),
         "origins": {field: asdict(origin) for field, origin in effective.origins.items()},
+        "preflight": [asdict(finding) for finding in findings],
         "warnings": warnings,
     }
 
 
-def _print_lines(effective: Effective, warnings: list[str]) -> None:
-    """One line for each field: its name and value as in GetConfig, and where it came from."""
+def _print_lines(effective: Effective, findings: list[Finding], warnings: list[str]) -> None:
+    """One line for each field: its name and value as in GetConfig, and where it came from; then checks."""
     values = effective.config.model_dump(mode="json")
     for field, origin in effective.origins.items():
         assignment = f"{field} = {json_line(values[field], most=sys.maxsize)}"
         print(f"{assignment:<{WIDTH}}  {origin.kind:<11}  {origin.detail}")
+    for finding in findings:
+        if finding.is_met:
+            print(f"checked: {finding.sentence}")
     for warning in warnings:
         print(f"warning: {warning}")
     print(f"valid, {len(warnings)} {'warning' if len(warnings) == 1 else 'warnings'}")

@@ -11,7 +11,7 @@ from expertmesh.doctor.facts.machine import Machine
 from expertmesh.doctor.finding import Finding, not_applicable
 from expertmesh.doctor.findings.accelerators import judge_ascend, judge_nvidia
 from expertmesh.doctor.findings.addresses import judge_addresses
-from expertmesh.doctor.findings.checkpoint import judge_checkpoint, judge_experts
+from expertmesh.doctor.findings.checkpoint import judge_checkpoint, judge_preflight
 from expertmesh.doctor.findings.configuration import judge_configuration
 from expertmesh.doctor.findings.packages import judge_packages, judge_torch_npu
 from expertmesh.doctor.findings.peers import judge_peer
@@ -77,7 +77,7 @@ def checkpoint(setup: Setup, machine: Machine) -> Iterator[Finding]:
         is_worker=setup.is_worker,
         has_tokenizer=machine.model.has_tokenizer,
     )
-    yield from judge_experts(machine.model.expert_problem)
+    yield from judge_preflight(machine.model.checked)
 
 
 def network(setup: Setup, machine: Machine) -> Iterator[Finding]:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 import grpc
 
 from common.errors import ControlError
 from common.grpc_server import CHANNEL_OPTIONS
 from common.interceptors import token_metadata
+from common.link_probe import Listener
+from common.topology import Link
 from protos import fleet_pb2 as pb
 from protos import fleet_pb2_grpc
 from router.front.fleet import Worker
 
 RESTART_TIMEOUT_S = 60.0
+CALL_SLACK_S = 10.0
+"""How much longer a call may take than what it asks for."""
+KINDS: dict[int, Link] = {
+    pb.DEVICE_LINK_KIND_SWITCH: Link.SWITCH,
+    pb.DEVICE_LINK_KIND_DIRECT: Link.DIRECT,
+}
 STOPPED, DEAD = "stopped", "dead"
 
 
@@ -70,9 +80,77 @@ class AgentLink:
         except grpc.aio.AioRpcError as error:
             raise self._error("RestartExecutor", error) from None
 
+    async def device_link(self, device: int, timeout_s: float) -> tuple[Link, str]:
+        """Have hccn_tool asked what a cable leads to; say how we know it.
+
+        Raises:
+            ControlError: the agent is gone or refused.
+        """
+        request = pb.GetDeviceLinkRequest(
+            term=self._term, incarnation=self.worker.incarnation, device_id=device, timeout_s=timeout_s
+        )
+        try:
+            answer = await self._stub.GetDeviceLink(
+                request, timeout=timeout_s + CALL_SLACK_S, metadata=self._metadata
+            )
+        except grpc.aio.AioRpcError as error:
+            raise self._error("GetDeviceLink", error) from None
+        return KINDS.get(answer.kind, Link.UNKNOWN), answer.reason
+
+    @asynccontextmanager
+    async def answering_probes(self) -> AsyncIterator[Listener]:
+        """Have the worker answer probes on the data plane until the block ends.
+
+        Raises:
+            ControlError: the agent is gone or refused.
+        """
+        request = pb.AnswerProbesRequest(term=self._term, incarnation=self.worker.incarnation)
+        call = self._stub.AnswerProbes(request, metadata=self._metadata)
+        try:
+            async with asyncio.timeout(CALL_SLACK_S):
+                first = await call.read()
+        except grpc.aio.AioRpcError as error:
+            raise self._error("AnswerProbes", error) from None
+        except TimeoutError:
+            call.cancel()
+            raise self._silent("AnswerProbes") from None
+        try:
+            if not isinstance(first, pb.AnswerProbesResponse):
+                raise self._silent("AnswerProbes")
+            yield Listener(first.address.host, first.address.port, first.address.token)
+        finally:
+            call.cancel()
+
+    async def probe(self, targets: Sequence[Listener], timeout_s: float) -> list[str]:
+        """Have the worker try to reach others; one per target: why it did not, empty where it did.
+
+        Raises:
+            ControlError: the agent is gone or refused.
+        """
+        request = pb.ProbePeersRequest(
+            term=self._term,
+            incarnation=self.worker.incarnation,
+            targets=[pb.ProbeAddress(host=one.host, port=one.port, token=one.token) for one in targets],
+            timeout_s=timeout_s,
+        )
+        try:
+            answer = await self._stub.ProbePeers(
+                request, timeout=timeout_s + CALL_SLACK_S, metadata=self._metadata
+            )
+        except grpc.aio.AioRpcError as error:
+            raise self._error("ProbePeers", error) from None
+        if len(answer.failures) != len(targets):
+            raise self._silent("ProbePeers")
+        return list(answer.failures)
+
     async def close(self) -> None:
         """Drop the channel."""
         await self._channel.close()
+
+    def _silent(self, call: str) -> ControlError:
+        return ControlError(
+            f"{call} on expert worker {self.worker.worker_id} at {self.worker.address} brought no answer"
+        )
 
     def _error(self, call: str, error: grpc.aio.AioRpcError) -> ControlError:
         return ControlError(

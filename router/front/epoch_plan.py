@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+from common.rank_table import RankTable
+
+MOST_NAMED = 4
+"""Ranks that a sentence names."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A worker that is alive. `order` says who registered first."""
+    """A worker that is alive.
+
+    Attributes:
+        order: who registered first.
+        seats: the ranks that the rank table has for it, in order; empty without a table.
+    """
 
     worker_id: str
     order: int
+    seats: tuple[int, ...] = ()
 
 
-def plan_members(
+def place_workers(
     candidates: Iterable[Candidate], ranks: Mapping[str, int], world_size: int
-) -> tuple[str, ...] | None:
-    """Choose the members of the next epoch by ep_rank; None where there are too few.
+) -> dict[int, str]:
+    """Give the ranks of the next epoch to workers: ep_rank -> worker_id. A rank may stay without one.
 
-    A worker that had a rank gets it back; the others fill what is left, first come, first served.
+    A worker that had a rank gets it back. The others fill what is left: without a rank table first come,
+    first served; with one, each only the ranks the table has for it, and those of one server in the order of
+    their names, whoever came first.
 
     Args:
         candidates: the workers that are alive.
@@ -27,21 +41,41 @@ def plan_members(
         world_size: ranks in the group.
     """
     by_order = sorted(candidates, key=lambda candidate: (candidate.order, candidate.worker_id))
+    # Who can have one rank only has it before others who could have another one.
+    by_claim = sorted(by_order, key=lambda candidate: len(candidate.seats) != 1)
     places: dict[int, str] = {}
-    for candidate in by_order:
-        rank = ranks.get(candidate.worker_id)
-        if rank is not None and rank < world_size:
+    for candidate in by_claim:
+        rank = candidate.seats[0] if len(candidate.seats) == 1 else ranks.get(candidate.worker_id)
+        if rank is not None and rank < world_size and rank in (candidate.seats or (rank,)):
+            places.setdefault(rank, candidate.worker_id)
+    seated = set(places.values())
+    newcomers = [candidate for candidate in by_order if candidate.worker_id not in seated]
+    for candidate in sorted(newcomers, key=_by_name_at_a_table):
+        free = (rank for rank in candidate.seats or range(world_size) if rank not in places)
+        if (rank := next(free, None)) is not None:
             places[rank] = candidate.worker_id
-    newcomers = [candidate.worker_id for candidate in by_order if candidate.worker_id not in places.values()]
-    for rank in range(world_size):
-        if rank not in places:
-            if not newcomers:
-                return None
-            places[rank] = newcomers.pop(0)
-    return tuple(places[rank] for rank in range(world_size))
+    return places
 
 
-def missing_sentence(num_alive: int, world_size: int) -> str:
-    """Say how many workers the next epoch waits for."""
-    missing = world_size - num_alive
-    return f"{num_alive} of {world_size} expert workers are registered; waiting for {missing} more"
+def missing_sentence(places: Mapping[int, str], world_size: int, table: RankTable | None) -> str:
+    """Say whom the next epoch waits for: how many workers, or which ranks of the rank table."""
+    missing = [rank for rank in range(world_size) if rank not in places]
+    if table is None:
+        count = f"{len(places)} of {world_size} expert workers are registered"
+        return f"{count}; waiting for {len(missing)} more"
+    named = [
+        f"rank {rank} (device {table.ranks[rank].device} of {table.ranks[rank].server})" for rank in missing
+    ]
+    more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
+    return (
+        f"{len(places)} of the {world_size} ranks of the rank table have an expert worker; waiting for "
+        f"{', '.join(named[:MOST_NAMED])}{more}"
+    )
+
+
+def _by_name_at_a_table(candidate: Candidate) -> list[tuple[int, str]]:
+    """worker-2 before worker-10 where a rank table seats them; else nothing, which keeps the order."""
+    if not candidate.seats:
+        return []
+    parts = re.split(r"([0-9]+)", candidate.worker_id)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]

@@ -11,11 +11,12 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from common.errors import ControlError
+from common.errors import ConfigError, ControlError
 from common.placement import Placement
 from protos import fleet_pb2 as pb
 from router.front.agent_link import AgentLink
-from router.front.epoch_plan import Candidate, missing_sentence, plan_members
+from router.front.allowance import Allowance
+from router.front.epoch_plan import Candidate, missing_sentence, place_workers
 from router.front.fleet import LOST, SERVING, Fleet, Worker
 from router.front.preparation import Preparation
 from router.front.service_state import ServiceState
@@ -32,7 +33,11 @@ LONGEST_RETRY_DELAY_S = 8.0
 
 @dataclass(frozen=True, slots=True)
 class EpochFacts:
-    """What is the same in every epoch of this router."""
+    """What is the same in every epoch of this router.
+
+    Attributes:
+        buffer_bytes: what a worker needs beside its weights, as it is configured now.
+    """
 
     term: int
     world_size: int
@@ -40,6 +45,7 @@ class EpochFacts:
     dtype: str
     placement: Placement
     exchange: str
+    buffer_bytes: Callable[[], int]
 
 
 class Epochs:
@@ -52,12 +58,14 @@ class Epochs:
         state: ServiceState,
         agent_of: Callable[[Worker], AgentLink],
         send: Callable[[object], None],
+        allowance: Allowance,
     ) -> None:
         self._facts = facts
         self._fleet = fleet
         self._state = state
         self._agent_of = agent_of
         self._send = send
+        self._allowance = allowance
         self._last_epoch = 0
         self._wake = asyncio.Event()
         self._attempt: asyncio.Task[None] | None = None
@@ -71,6 +79,11 @@ class Epochs:
     def is_member(self, worker: Worker) -> bool:
         """Whether this start of this worker is in the epoch that is prepared or in force."""
         return any(member is worker for member in self._members)
+
+    @property
+    def members(self) -> list[Worker]:
+        """The members of the epoch that is prepared or in force, by ep_rank; none without one."""
+        return list(self._members)
 
     def worker_lost(self, worker: Worker, reason: str) -> None:
         """A worker is gone, or started anew: an epoch with it is over."""
@@ -106,34 +119,61 @@ class Epochs:
             )
 
     async def run(self) -> None:
-        """Prepare epochs for as long as the router lives."""
+        """Prepare epochs for as long as the router lives.
+
+        Raises:
+            ConfigError: the members of the first epoch must not form one.
+        """
         delay_s = FIRST_RETRY_DELAY_S
         while True:
             await self._wake.wait()
             self._wake.clear()
-            members = self._next_members()
-            if members is None:
-                continue
-            why = await self._try(members)
+            why = await self._go_on()
             if why == "":
                 delay_s = FIRST_RETRY_DELAY_S
                 continue
-            logger.warning("epoch %d was not reached: %s", self._last_epoch, why)
-            self._state.wait_for(f"epoch {self._last_epoch} was not reached and is tried again: {why}")
+            logger.warning("the next epoch was not reached: %s", why)
+            self._state.wait_for(f"the next epoch was not reached and is tried again: {why}")
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, LONGEST_RETRY_DELAY_S)
             self._wake.set()
 
-    def _next_members(self) -> tuple[str, ...] | None:
-        """The members of the next epoch, where one is needed and possible now."""
-        if self._state.loaded is None or self._state.is_linked:
-            return None
-        alive = [worker for worker in self._fleet.workers.values() if worker.is_alive]
-        candidates = [Candidate(worker.worker_id, worker.order) for worker in alive]
-        members = plan_members(candidates, self._fleet.ranks, self._facts.world_size)
+    async def _go_on(self) -> str:
+        """Prepare an epoch if one is needed and possible; return why it was not reached, or nothing."""
+        in_force = tuple(worker.worker_id for worker in self._members) if self._state.is_linked else None
+        members = in_force or self._next_members()
         if members is None:
-            self._state.wait_for(missing_sentence(len(alive), self._facts.world_size))
-        return members
+            return ""
+        if why := await self._refusal(self._fleet.named(members)):
+            return why
+        if self._state.is_linked or self._state.loaded is None or members != self._next_members():
+            return ""
+        return await self._try(members)
+
+    async def _refusal(self, members: list[Worker]) -> str:
+        """Why these must not form an epoch, or go on with one; asked before anybody loads anything for it."""
+        try:
+            await self._allowance.check(members)
+        except ControlError as error:
+            return str(error)
+        except ConfigError as error:
+            if self._state.is_linked:
+                self._give_up(str(error), tell_engine=True)
+            elif self._state.epoch == 0 and self._fleet.has(members):
+                raise
+            return str(error)
+        return ""
+
+    def _next_members(self) -> tuple[str, ...] | None:
+        """The members of the next epoch, where one is possible now."""
+        alive = [worker for worker in self._fleet.workers.values() if worker.is_alive]
+        candidates = [Candidate(worker.worker_id, worker.order, worker.seats) for worker in alive]
+        size = self._facts.world_size
+        places = place_workers(candidates, self._fleet.ranks, size)
+        if len(places) < size:
+            self._state.wait_for(missing_sentence(places, size, self._fleet.table))
+            return None
+        return tuple(places[rank] for rank in range(size))
 
     async def _try(self, members: tuple[str, ...]) -> str:
         """Prepare one epoch; return why it was not reached, or nothing."""
@@ -230,6 +270,7 @@ class Epochs:
             ],
             int8_layers=int8_layers,
             link=link,
+            buffer_bytes=self._facts.buffer_bytes(),
         )
 
     def _prefixes(self, epoch: int, count: int) -> list[str]:

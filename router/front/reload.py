@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,12 +65,22 @@ class Reload:
         in_force: ConfigInForce,
         history: ConfigHistory,
         tuning: EngineTuning,
+        check: Callable[[Effective], Awaitable[None]],
         on_change: Callable[[Config, Config], None],
     ) -> None:
-        """`on_change` gets the configuration of before and the one that is in force now; it must not fail."""
+        """Take part with what is handed over.
+
+        Args:
+            in_force: what a proposal takes the place of.
+            history: where versions are kept.
+            tuning: asks the engine.
+            check: raises ReloadRefused where the fleet must not go on with a configuration.
+            on_change: gets the configuration of before and the one that is in force now; it must not fail.
+        """
         self._in_force = in_force
         self._history = history
         self._tuning = tuning
+        self._check = check
         self._on_change = on_change
         self._lock = asyncio.Lock()
         self._running: set[asyncio.Task[Outcome]] = set()
@@ -81,7 +91,7 @@ class Reload:
         Raises:
             ConfigError: a value in it is wrong.
             VersionConflict: another version is in force than was expected.
-            ReloadRefused: keys differ that cannot change now, or the engine refuses.
+            ReloadRefused: keys differ that cannot change now, or engine or fleet cannot go on with it.
             NotReady: the engine or the history could not take part.
         """
         task = asyncio.create_task(self._apply_in_turn(proposal))
@@ -142,6 +152,7 @@ class Reload:
         try:
             if refusals:
                 raise ReloadRefused(refusals)
+            await self._check(after)
             agreed = await self._tuning.propose(before.config, after.config)
         except ReloadRefused as error:
             if not proposal.is_dry_run:

@@ -7,11 +7,13 @@ import logging
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from common.channel import Shutdown
-from common.config import Config, Effective, check_experts, fleet_token
+from common.config import Config, Effective, fleet_token
+from common.environment import rank_table
 from common.errors import ConfigError, NotReady, StreamLost
 from common.grpc_server import RunningServer, start_server
 from common.interceptors import FleetTokenInterceptor
@@ -19,16 +21,16 @@ from common.kept_child import KeptChild, Kind
 from common.logs import set_level
 from common.model_config import ModelConfig
 from common.own_address import own_address
-from common.placement import Placement
+from common.weight_sizes import computed_dtype
 from protos import admin_pb2_grpc, fleet_pb2_grpc, generation_pb2_grpc
 from protos import generation_pb2 as pb
 from router.front.admin_service import AdminService
 from router.front.config_history import ConfigHistory
 from router.front.config_in_force import ConfigInForce
 from router.front.engine_tuning import EngineTuning, tune_of
-from router.front.epochs import EpochFacts, Epochs
+from router.front.epochs import Epochs
+from router.front.expert_side import ExpertSide, RouterFacts, check_fixed
 from router.front.fleet import Fleet
-from router.front.fleet_service import FleetService
 from router.front.generation_service import GenerationService
 from router.front.heartbeats import Heartbeats
 from router.front.journal import End, Journal
@@ -55,9 +57,6 @@ from router.messages import (
     Tuned,
     TuneRefused,
 )
-from router.placement.balanced import place
-from router.placement.coverage import coverage_of
-from router.placement.load import ExpertLoads, read_loads
 from router.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -82,8 +81,10 @@ class Front:
             )
         self.model_path = str(Path(config.model_path).resolve())
         self.model = ModelConfig.from_directory(Path(config.model_path))
-        check_experts(config, self.model.n_routed_experts)
-        self.dtype = _dtype(config, self.model)
+        table = None if config.experts_in_process else rank_table()
+        self._check_fixed = partial(check_fixed, self.model, table)
+        self._check_fixed(config)
+        self.dtype = computed_dtype(config, self.model)
         self.eos_token_ids = tuple(self.model.eos_token_ids(Path(config.model_path)))
         self.tokenizer = Tokenizer.from_directory(Path(config.model_path), self.model.vocab_size)
         # Grows with every start, so that workers can tell an old router from a new one.
@@ -93,7 +94,8 @@ class Front:
         self.journal = Journal(lambda: self.config.max_queued_requests)
         kind = Kind("the router's engine", engine_module, TO_FRONT, Loaded)
         self.engine = KeptChild(kind, self._configure, self._from_engine, self._engine_ended)
-        self.fleet = Fleet()
+        self.fleet = Fleet(table)
+        self._expert_side: ExpertSide | None = None
         self.heartbeats: Heartbeats | None = None
         self.epochs: Epochs | None = None
         self.tuning = EngineTuning(self.engine.send, self.engine.kill, lambda: self.state.loaded is not None)
@@ -107,7 +109,9 @@ class Front:
         files = None if config.state_dir is None else VersionFiles(Path(config.state_dir))
         self._history = ConfigHistory(files)
         self.in_force = ConfigInForce(at_start, self._history)
-        self.reload = Reload(self.in_force, self._history, self.tuning, self._config_changed)
+        self.reload = Reload(
+            self.in_force, self._history, self.tuning, self._check_reload, self._config_changed
+        )
 
     @property
     def config(self) -> Config:
@@ -194,47 +198,21 @@ class Front:
 
     async def _listen_for_workers(self) -> RunningServer:
         config = self.config
-        self.heartbeats = Heartbeats(self.fleet, self.term, self._token, self.state.announce)
-        placement = self._placement()
-        layers = ExpertLoads(dict.fromkeys(placement.layers, (0,) * self.model.n_routed_experts))
-        self._coverage = coverage_of(placement, layers).experts
-        logger.info("placement: %s", coverage_of(placement, layers))
-        facts = EpochFacts(
-            term=self.term,
-            world_size=config.world_size,
-            model_path=self.model_path,
-            dtype=self.dtype,
-            placement=placement,
-            exchange=config.exchange,
+        side = self._expert_side = ExpertSide(
+            RouterFacts(self.term, self.model_path, self.dtype, self.model),
+            lambda: self.config,
+            self.fleet,
+            self.state,
+            self._token,
+            self.engine.send,
         )
-        self.epochs = Epochs(facts, self.fleet, self.state, self.heartbeats.agent_of, self.engine.send)
-        self.heartbeats.epochs = self.epochs
-        service = FleetService(self.term, self.fleet, self.heartbeats, self.epochs, self.state)
+        self.heartbeats, self.epochs, self._coverage = side.heartbeats, side.epochs, side.coverage
         return await start_server(
             config.fleet_host,
             config.fleet_port,
-            lambda server: fleet_pb2_grpc.add_FleetServiceServicer_to_server(service, server),
+            lambda server: fleet_pb2_grpc.add_FleetServiceServicer_to_server(side.service, server),
             (FLEET,),
             [FleetTokenInterceptor(self._token)],
-        )
-
-    def _placement(self) -> Placement:
-        """Where the experts of every epoch are.
-
-        Raises:
-            ConfigError: workers, experts and redundant experts do not fit together, or the load file is bad.
-        """
-        config, model = self.config, self.model
-        loads = None
-        if config.expert_load_file is not None:
-            loads = read_loads(Path(config.expert_load_file), model.n_routed_experts, model.moe_layer_ids)
-        return place(
-            model.n_routed_experts,
-            model.moe_layer_ids,
-            config.world_size,
-            config.redundant_experts,
-            loads,
-            model.n_group or 1,
         )
 
     def _from_engine(self, message: Any) -> None:
@@ -314,9 +292,16 @@ class Front:
     def _addresses(self) -> str:
         return " ".join(f"{name}={server.address}" for name, server in self._servers.items())
 
+    async def _check_reload(self, after: Effective) -> None:
+        self._check_fixed(after.config)
+        if self._expert_side is not None:
+            await self._expert_side.check_reload(after)
+
     def _config_changed(self, before: Config, after: Config) -> None:
         if before.log_level != after.log_level:
             set_level(after.log_level)
+        if self.epochs is not None:
+            self.epochs.wake()  # what is in force must not forbid the epoch
         self.state.announce()
 
     def _configure(self) -> Configure:
@@ -372,15 +357,3 @@ class Front:
 
     def _snapshot(self) -> Any:
         return status_of(self.in_force, self.term, self.state, self.fleet, self.journal, self._coverage)
-
-
-def _dtype(config: Config, model: ModelConfig) -> str:
-    """The dtype of weights and arithmetic: what was configured, else what the checkpoint says."""
-    if config.dtype != "auto":
-        return config.dtype
-    if model.dtype_name not in ("float32", "bfloat16"):
-        raise ConfigError(
-            f"ExpertMesh.dtype is auto and the checkpoint says {model.dtype_name}, but only float32 "
-            "and bfloat16 are computed with: set ExpertMesh.dtype to one of them"
-        )
-    return model.dtype_name

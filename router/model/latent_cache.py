@@ -36,12 +36,6 @@ class LatentCache:
         shape = (config.num_hidden_layers, num_blocks, block_size, width)
         self._blocks = _zeros(shape, dtype, torch.device(device))  # [L, blocks, block_size, C + R]
 
-    @staticmethod
-    def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-        """Return what one block takes, over all layers."""
-        width = config.kv_lora_rank + config.qk_rope_head_dim
-        return config.num_hidden_layers * block_size * width * dtype.itemsize
-
     @property
     def num_blocks(self) -> int:
         """Blocks the cache has."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from common.model_config import ModelConfig
 from common.quantization.description import FLOAT, W8A8_DYNAMIC
 from common.quantization.w8a8 import stored_names
 from common.stored_weights import StoredWeights
+from common.tensor_names import is_elsewhere, layer_id_of
 from router.kernels import load_kernels
 from router.model.deepseek import MLP, BiasedRMSNorm, DeepseekForCausalLM, RMSNorm
 from router.model.int8_linear import READ_LINEAR, read_dynamic_mlp
@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-LAYER = re.compile(r"model\.layers\.(\d+)\.")
 READ_BY_ATTENTION = ".self_attn.kv_b_proj"
 """Where queries are moved into the latent space, attention multiplies with the weight's halves itself."""
 MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
@@ -168,35 +167,19 @@ def _check_names(checkpoint: Checkpoint, config: ModelConfig, needed: Iterable[s
     if missing:
         raise CheckpointError(f"{checkpoint.directory} lacks {_listed(missing)}, which config.json asks for")
     others = [name for name in checkpoint.names if name not in wanted]
-    mtp = [name for name in others if _layer_id(name) >= config.num_hidden_layers]
+    mtp = [name for name in others if layer_id_of(name) >= config.num_hidden_layers]
     if mtp:
         logger.info(
             "ignoring layers for multi-token prediction: first_layer_id=%d num_tensors=%d",
             config.num_hidden_layers,
             len(mtp),
         )
-    ignored = {*mtp, *(name for name in others if _is_elsewhere(name, config))}
+    ignored = {*mtp, *(name for name in others if is_elsewhere(name, config))}
     unexpected = [name for name in others if name not in ignored]
     if unexpected:
         raise CheckpointError(
             f"{checkpoint.directory} holds {_listed(unexpected)}, which config.json does not account for"
         )
-
-
-def _layer_id(name: str) -> int:
-    match = LAYER.match(name)
-    return int(match.group(1)) if match else -1
-
-
-def _is_elsewhere(name: str, config: ModelConfig) -> bool:
-    """Whether a tensor is a routed expert's, or repeats what the configuration already says."""
-    if ".mlp.experts." in name:
-        return _layer_id(name) in config.moe_layer_ids
-    if name == "lm_head.weight":
-        return config.tie_word_embeddings
-    if name.endswith(".mlp.gate.e_score_correction_bias"):
-        return config.topk_method != "noaux_tc" and _layer_id(name) in config.moe_layer_ids
-    return name.endswith(".rotary_emb.inv_freq")
 
 
 def _listed(names: list[str]) -> str:

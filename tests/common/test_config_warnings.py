@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from common.not_built import REPORTED
 from tests.common.config_examples import BUFFER_FACTORS, LEVEL_1, LEVEL_2, SCHEDULE, changed, completed, load
 
 MODEL = "ModelDeployConfig.ModelConfig[0]"
@@ -25,23 +24,7 @@ def test_the_example_of_ep_level_1_asks_for_nothing_that_is_not_done(tmp_path: P
     assert load(tmp_path, LEVEL_1).warnings == ()
 
 
-OTHER_VALUES: dict[str, Any] = {
-    "ExpertMesh.topology": "switch",
-}
-
-
-@pytest.mark.parametrize("key", REPORTED)
-def test_what_is_not_built_is_reported_where_it_is_not_at_its_default(tmp_path: Path, key: str) -> None:
-    section, _, name = key.rpartition(".")
-    document = changed("EP", {"ep_level": 2 if "alltoall" in name or name == "topology" else 1}, LEVEL_1)
-    if name == "topk_scaling_factor":
-        document = changed("EP.enable_init_routing_cutoff", True, document)
-    document = changed(f"{section.replace('models.deepseekv2', 'EP')}.{name}", OTHER_VALUES[key], document)
-    (warning,) = [one for one in load(tmp_path, document).warnings if f".{name} " in one]
-    assert warning.endswith(NOT_BUILT)
-
-
-def test_what_is_not_built_is_silent_at_its_default(tmp_path: Path) -> None:
+def test_what_has_no_effect_is_silent_at_its_default(tmp_path: Path) -> None:
     defaults = {"cutoffMinRows": 4096, "groupedMatmul": "auto"}
     document = changed("EP", {"enable_init_routing_cutoff": False, "topk_scaling_factor": None}, LEVEL_2)
     assert load(tmp_path, {**document, "ExpertMesh": defaults}).warnings == ()

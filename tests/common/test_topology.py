@@ -107,6 +107,9 @@ def test_a_pair_that_fails_is_refused_by_name() -> None:
     judgement = judge(2, "auto", FLEET, [], probed(FLEET, "ep_rank 3"), is_mesh=False)
     assert judgement.verdict is Verdict.REFUSE
     assert "router on 10.0.0.1 does not reach ep_rank 3 on 10.0.0.2 (no answer); connect" in judgement.reason
+    assert judgement.reason.endswith(
+        "or set ep_level to 1 and every ExpertMesh.dataAddress to one that the router reaches"
+    )
     judgement = judge(2, "auto", FLEET, [], probed(FLEET, "ep_rank 3", "ep_rank 2"), is_mesh=False)
     assert "ep_rank 2 on 10.0.0.2 (no answer), nor do 1 other pairs of 4;" in judgement.reason
 

@@ -40,6 +40,13 @@ class Host:
             self.command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=timeout_s
         )
 
+    def call(self, *command: str) -> None:
+        """Run a program of the system on this host."""
+        result = subprocess.run(
+            ["nsenter", f"--net=/run/netns/{self.name}", *command], capture_output=True, text=True, timeout=20
+        )
+        assert result.returncode == 0, f"{' '.join(command)}: {result.stderr}"
+
     def start(self, log: Path, *arguments: str, **environment: str) -> None:
         """Start a service; what it says goes to `log`."""
         sink: IO[bytes]
@@ -73,6 +80,41 @@ def ip(*arguments: str) -> None:
     """Run `ip` of iproute2."""
     result = subprocess.run(["ip", *arguments], capture_output=True, text=True, timeout=20)
     assert result.returncode == 0, f"ip {' '.join(arguments)}: {result.stderr}"
+
+
+@contextmanager
+def cabled_hosts(num_cables: int = 1) -> Iterator[list[Host]]:
+    """Two hosts and cables between them without a switch: card i of one leads to card i of the other only.
+
+    The address of a host is that of its card 0; of card i, see `card_address`.
+    """
+    _skip_without_namespaces()
+    number = os.getpid() % 100000
+    hosts = [Host(f"em{number}h{index}", f"10.78.0.{10 + index}", "") for index in range(2)]
+    made: list[str] = []
+    try:
+        for host in hosts:
+            ip("netns", "add", host.name)
+            made.append(host.name)
+            ip("-n", host.name, "link", "set", "lo", "up")
+        for card in range(num_cables):
+            name = f"eth{card}"
+            ends = ("link", "add", name, "netns", hosts[0].name, "type", "veth", "peer", "name", name)
+            ip(*ends, "netns", hosts[1].name)
+            for host in hosts:
+                ip("-n", host.name, "addr", "add", f"{card_address(host, card)}/24", "dev", name)
+                ip("-n", host.name, "link", "set", name, "up")
+        yield hosts
+    finally:
+        for host in hosts:
+            host.stop()
+        for name in made:
+            ip("netns", "del", name)
+
+
+def card_address(host: Host, card: int) -> str:
+    """The address of one card of a host: cards with the same number are in one subnet."""
+    return host.address.replace("10.78.0.", f"10.78.{card}.")
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from tests.e2e.fleet import STOP_TIMEOUT_S, Answer, Fleet, generate
+from tests.rank_tables import write_table
 
 pytestmark = pytest.mark.e2e
 
@@ -62,19 +63,19 @@ class Services:
         }
         self.config.write_text(json.dumps(document))
 
-    def router(self) -> subprocess.Popen[str]:
-        return self._start("router")
+    def router(self, **environment: str) -> subprocess.Popen[str]:
+        return self._start("router", **environment)
 
-    def worker(self, name: str) -> subprocess.Popen[str]:
-        return self._start("expert_worker", "--worker-id", name)
+    def worker(self, name: str, **environment: str) -> subprocess.Popen[str]:
+        return self._start("expert_worker", "--worker-id", name, **environment)
 
-    def _start(self, module: str, *arguments: str) -> subprocess.Popen[str]:
+    def _start(self, module: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [sys.executable, "-m", module, "--config", str(self.config), *arguments],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         )
         self._processes.append(process)
         threading.Thread(target=self._collect, args=(process,), daemon=True).start()
@@ -135,6 +136,22 @@ def test_services_start_in_any_order_and_workers_find_the_next_router(v3_model: 
         assert {worker.worker_id for worker in status.workers} == {"a", "b"}
         assert [worker.poll() for worker in workers] == [None, None]
         assert answer(fleet) == expected
+
+
+def test_a_rank_table_gives_every_worker_its_rank_and_refuses_a_stranger(
+    v3_model: Path, tmp_path: Path
+) -> None:
+    table = write_table(tmp_path, {"127.0.0.1": {0: 1}, "127.0.0.2": {0: 0}})
+    with services(tmp_path, v3_model) as running:
+        router = running.router(RANK_TABLE_FILE=str(table))
+        running.worker("a")
+        stranger = running.worker("stranger", EXPERTMESH_DATA_ADDRESS="127.0.0.3")
+        assert stranger.wait(READY_TIMEOUT_S) == 2
+        assert "expert worker stranger is refused: the rank table has no server" in "".join(running.lines)
+        running.worker("b", EXPERTMESH_DATA_ADDRESS="127.0.0.2")
+        fleet = running.wait_ready(router)
+        assert [worker.worker_id for worker in fleet.status().workers] == ["b", "a"]
+        assert len(answer(fleet).token_ids) == SHORT["max_tokens"]
 
 
 def test_every_service_ends_cleanly_on_sigterm_and_takes_its_child_along(

@@ -75,6 +75,7 @@ def prepare(
         "port": store.port,
         "prefix": prefix_of(epoch, ep_rank),
         "timeout_s": JOIN_TIMEOUT_S,
+        "buffer_bytes": 0,
     }
     return Prepare(**fields | other)
 

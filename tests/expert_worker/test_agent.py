@@ -20,9 +20,11 @@ from common.config import load_config
 from common.errors import CheckpointError, ConfigError, ControlError
 from common.grpc_server import RunningServer, start_server
 from common.interceptors import FleetTokenInterceptor, token_metadata
+from common.link_probe import Listener, listening, probe
 from expert_worker.agent import Agent
 from protos import fleet_pb2 as pb
 from protos import fleet_pb2_grpc
+from tests.tiny_checkpoint import write_checkpoint
 
 pytestmark = pytest.mark.asyncio
 
@@ -214,3 +216,77 @@ async def test_a_worker_without_a_router_is_refused(tmp_path: Path) -> None:
     file.write_text("{}")
     with pytest.raises(ConfigError, match=r"ExpertMesh\.router"):
         Agent(load_config(file))
+
+
+def caller(one: Running) -> dict[str, Any]:
+    return {"term": 11, "incarnation": one.last.incarnation}
+
+
+async def test_an_agent_says_where_it_is_and_which_device_it_has(tmp_path: Path) -> None:
+    async with running(tmp_path, dataAddress="127.0.0.2", deviceId=5) as one:
+        assert (one.last.data_address, one.last.device_id) == ("127.0.0.2", 5)
+
+
+async def test_an_agent_answers_probes_while_the_call_lasts_and_tries_others(tmp_path: Path) -> None:
+    async with running(tmp_path, dataAddress="127.0.0.2") as one, one.stub() as stub:
+        metadata = token_metadata(TOKEN)
+        assert not one.last.HasField("device_id")
+        call = stub.AnswerProbes(pb.AnswerProbesRequest(**caller(one)), metadata=metadata)
+        address = (await anext(aiter(call))).address
+        listener = Listener(address.host, address.port, address.token)
+        assert listener.host == "127.0.0.2"
+        assert await probe("127.0.0.1", [listener], DEADLINE_S) == [""]
+        async with listening("127.0.0.1") as ours:
+            names = [ours, Listener(ours.host, ours.port, "of another")]
+            targets = [pb.ProbeAddress(host=one.host, port=one.port, token=one.token) for one in names]
+            request = pb.ProbePeersRequest(**caller(one), targets=targets, timeout_s=DEADLINE_S)
+            failures = (await stub.ProbePeers(request, metadata=metadata)).failures
+        assert list(failures) == ["", f"127.0.0.1:{ours.port} is answered by somebody else"]
+        call.cancel()
+        async with asyncio.timeout(DEADLINE_S):
+            while await probe("127.0.0.1", [listener], DEADLINE_S) == [""]:
+                await asyncio.sleep(0.05)
+
+
+async def test_an_agent_asks_hccn_tool_and_nobody_but_its_router_may_have_it_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "hccn_tool"
+    tool.write_text('#!/bin/sh\necho "System Description TLV"; echo "AscendNPU $*"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    async with running(tmp_path) as one, one.stub() as stub:
+        request = pb.GetDeviceLinkRequest(**caller(one), device_id=7, timeout_s=DEADLINE_S)
+        answer = await stub.GetDeviceLink(request, metadata=token_metadata(TOKEN))
+        assert answer.kind == pb.DEVICE_LINK_KIND_DIRECT
+        assert answer.reason == "its neighbour describes itself as 'AscendNPU -i 7 -lldp -g'"
+        request.term = 12
+        error = await refusal(stub.GetDeviceLink(request, metadata=token_metadata(TOKEN)))
+        assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+
+
+async def test_a_worker_that_has_too_little_memory_ends_before_it_loads(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model", "v3", vocab_size=512)
+    async with running(tmp_path) as one:
+        request = pb.PrepareEpochRequest(
+            **caller(one),
+            epoch=1,
+            ep_size=1,
+            model_path=str(tmp_path / "model"),
+            dtype="float32",
+            layers=[pb.LayerExperts(layer_id=1, expert_ids=[0])],
+            buffer_bytes=1 << 60,
+        )
+        async with one.stub() as stub:
+            call = stub.PrepareEpoch(request, timeout=DEADLINE_S, metadata=token_metadata(TOKEN))
+            error = await refusal(anext(aiter(call)))
+        assert "the free memory of this machine for the expert worker of ep_rank 0 is " in str(
+            error.details()
+        )
+        # An expert has 3 x 32 x 64 float32.
+        assert "1073741824.0 GiB (24576 bytes of weights, 1073741824.0 GiB of buffers) is" in str(
+            error.details()
+        )
+        with pytest.raises(ConfigError, match="use more expert workers"):
+            await asyncio.wait_for(one.work, DEADLINE_S)
+        assert one.agent.executor.loaded_bytes == 0

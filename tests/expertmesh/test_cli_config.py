@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -124,13 +125,14 @@ def test_what_is_no_configuration_is_one_line_and_exit_status_2(tmp_path: Path, 
 def test_the_experts_of_a_checkpoint_that_is_there_must_be_divisible(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     write(tmp_path / "model", MODEL)
+    (tmp_path / "model" / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
     fits = config_check(write(tmp_path, with_model(tmp_path / "model", worldSize=4)))
     assert (fits.returncode, fits.stdout.splitlines()[-1]) == (0, "valid, 0 warnings")
     refused = config_check(write(tmp_path, with_model(tmp_path / "model", worldSize=3)))
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr == (
-        f"expertmesh: {tmp_path / 'config.json'}: ModelConfig[0].moe_ep is 3, but it must divide the "
-        "checkpoint's n_routed_experts (8): choose another worldSize or moe_ep\n"
+        f"expertmesh: {tmp_path / 'config.json'}: ModelConfig[0].moe_ep is 3, but a divisor of the "
+        "checkpoint's n_routed_experts (8) is needed: choose another worldSize or moe_ep\n"
     )
 
 

@@ -91,8 +91,12 @@ class Running:
         self.admin: admin_pb2_grpc.AdminServiceAsyncStub = admin_pb2_grpc.AdminServiceStub(self.admin_channel)
         self.agents: list[FakeAgent] = []
 
-    async def add_agent(self, worker_id: str) -> FakeAgent:
-        agent = FakeAgent(worker_id, TOKEN)
+    async def add_agent(
+        self, worker_id: str, host: str = "127.0.0.1", device_id: int | None = None, **steering: Any
+    ) -> FakeAgent:
+        agent = FakeAgent(worker_id, TOKEN, host, device_id)
+        for name, value in steering.items():
+            setattr(agent, name, value)
         self.agents.append(agent)
         await agent.start(self.addresses["fleet"])
         return agent

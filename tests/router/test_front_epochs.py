@@ -8,18 +8,9 @@ from pathlib import Path
 import grpc
 import pytest
 
-from router.front.epoch_plan import Candidate, plan_members
 from router.messages import AskProgress
 from tests.fake_engine import INT8_LAYERS, LOSES
 from tests.router.front_fleet import front_config, request_of, running_front
-
-
-def test_members_get_their_ranks_back_and_newcomers_fill_what_is_left() -> None:
-    candidates = [Candidate("a", 1), Candidate("b", 2), Candidate("c", 3)]
-    assert plan_members(candidates, {}, 2) == ("a", "b")
-    assert plan_members(candidates, {"c": 0}, 2) == ("c", "a")
-    assert plan_members(candidates[1:], {"a": 0, "b": 1}, 2) == ("c", "b")
-    assert plan_members(candidates[:1], {"b": 0}, 2) is None
 
 
 @pytest.mark.asyncio

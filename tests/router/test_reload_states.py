@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from common.config import resolve
+from common.config import Effective, resolve
 from common.errors import ExpertMeshError
 from router.front.config_history import ConfigHistory
 from router.front.config_in_force import ConfigInForce
@@ -53,8 +53,13 @@ class World:
         self.tuning = EngineTuning(
             self._to_engine, self.restart_engine, lambda: self.engine is not None, 0.02
         )
-        self.reload = Reload(self.in_force, self.history, self.tuning, lambda before, after: None)
+        self.reload = Reload(
+            self.in_force, self.history, self.tuning, self._check, lambda before, after: None
+        )
         self.restart_engine()
+
+    async def _check(self, after: Effective) -> None:
+        """There is no fleet that could not go on."""
 
     def restart_engine(self) -> None:
         """What KeptChild does: the next engine is configured with what is in force at that moment."""

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.config import TOKEN_VARIABLE, Config, check_experts
+from common.config import TOKEN_VARIABLE, Config
+from common.environment import hccl_buffer_mb
 from common.errors import CheckpointError, ConfigError
 from common.model_config import ModelConfig
+from common.preflight import Finding as Checked
+from common.preflight_fleet import fixed_findings
+from common.rank_table import RankTable
 from common.topology import ALL_TO_ALL, SERVERS_IN_QUESTION, DeviceLink
 from expertmesh.doctor.facts.accelerators import AscendFacts, NvidiaFacts, gather_ascend, gather_nvidia
 from expertmesh.doctor.facts.network import Listening, gather_interfaces, try_listening
@@ -29,12 +34,12 @@ class ModelFacts:
     Attributes:
         is_there: whether it exists.
         has_tokenizer: whether it holds a tokenizer.json.
-        expert_problem: why its experts cannot be dealt out to the workers; else empty.
+        checked: what the services check before they load it, as far as the configuration fixes it.
     """
 
     is_there: bool = False
     has_tokenizer: bool = False
-    expert_problem: str = ""
+    checked: tuple[Checked, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +80,7 @@ def gather_machine(setup: Setup) -> Machine:
         resources=gather_resources(),
         token=TokenFacts() if config is None else gather_token(config, has_variable),
         peer=None if setup.router is None else ask_router(setup.router, config),
-        model=_model_facts(setup),
+        model=_model_facts(setup, ranks.table),
     )
 
 
@@ -123,16 +128,14 @@ def _readable(model: Path | None) -> Path | None:
     return model if model is not None and os.path.exists(model) else None
 
 
-def _model_facts(setup: Setup) -> ModelFacts:
+def _model_facts(setup: Setup, table: RankTable | None) -> ModelFacts:
     directory = _readable(setup.model)
     if directory is None:
         return ModelFacts()
-    problem = ""
+    checked: tuple[Checked, ...] = ()
     if setup.config is not None:
-        try:
-            check_experts(setup.config, ModelConfig.from_directory(directory).n_routed_experts)
-        except CheckpointError:
-            pass  # the examination of the checkpoint says so
-        except ConfigError as error:
-            problem = str(error)
-    return ModelFacts(True, os.path.exists(directory / "tokenizer.json"), problem)
+        # What cannot be read, checkpoint or variable, is what other checks are about.
+        with suppress(CheckpointError, ConfigError):
+            model, buffer_mb = ModelConfig.from_directory(directory), hccl_buffer_mb(setup.config.device)
+            checked = tuple(fixed_findings(setup.config, model, table, buffer_mb))
+    return ModelFacts(True, os.path.exists(directory / "tokenizer.json"), checked)

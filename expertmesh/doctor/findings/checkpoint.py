@@ -1,14 +1,16 @@
-"""Can the model directory be read, is it complete, and can its experts be dealt out?"""
+"""Can the model directory be read, is it complete, and does the fleet fit it?"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from common.preflight import Finding as Checked
 from expertmesh.doctor.finding import Finding, failure, not_applicable, ok, warning
 
 SUBJECT = "model"
+PREFLIGHT = "before weights"
 DENIED = "Permission denied"
 
 
@@ -77,9 +79,10 @@ def _remedy(error: str, model: Path) -> str:
     return "copy what is missing or damaged again; compare file sizes with where it came from"
 
 
-def judge_experts(problem: str) -> Iterator[Finding]:
-    """Say it where the routed experts cannot be dealt out; `problem` is the sentence, empty without one."""
-    if problem:
-        yield failure(
-            SUBJECT, problem, "the router ends with this sentence", "choose another worldSize or moe_ep"
-        )
+def judge_preflight(checked: Iterable[Checked]) -> Iterator[Finding]:
+    """Report what the services check before they load a model."""
+    for one in checked:
+        if one.is_met:
+            yield ok(PREFLIGHT, one.sentence)
+        else:
+            yield failure(PREFLIGHT, one.sentence, "the service ends with this sentence", one.remedy)

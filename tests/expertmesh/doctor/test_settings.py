@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 
 from common.config import Config, load_config
+from common.preflight import Finding as Checked
 from common.rank_table import DeviceRank, RankTable
 from common.topology import DeviceLink, Link
 from expertmesh.doctor.facts.ranks import RankTableFacts
 from expertmesh.doctor.facts.resources import Resources
 from expertmesh.doctor.facts.token import TokenFacts
 from expertmesh.doctor.finding import Finding, Outcome
-from expertmesh.doctor.findings.checkpoint import judge_checkpoint, judge_experts
+from expertmesh.doctor.findings.checkpoint import judge_checkpoint, judge_preflight
 from expertmesh.doctor.findings.configuration import judge_configuration
 from expertmesh.doctor.findings.ranks import judge_rank_table, judge_two_servers
 from expertmesh.doctor.findings.resources import (
@@ -193,9 +194,12 @@ def test_a_router_needs_a_checkpoint_and_a_worker_may_be_told(is_worker: bool, o
     assert [one.outcome for one in found] == [outcome]
 
 
-def test_experts_that_cannot_be_dealt_out_are_a_failure() -> None:
-    assert list(judge_experts("")) == []
-    assert [one.outcome for one in judge_experts("moe_ep is 3")] == [Outcome.FAILURE]
+def test_what_the_services_would_refuse_before_loading_is_a_failure() -> None:
+    met, unmet = (Checked("moe_ep", "a divisor of 24", found, found == "2", "choose 2") for found in "27")
+    assert list(judge_preflight([])) == []
+    good, bad = judge_preflight([met, unmet])
+    assert (good.outcome, bad.outcome) == (Outcome.OK, Outcome.FAILURE)
+    assert (bad.found, bad.remedy) == ("moe_ep is 7, but a divisor of 24 is needed: choose 2", "choose 2")
 
 
 def test_every_bad_value_of_a_configuration_is_a_failure() -> None:
