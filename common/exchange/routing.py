@@ -21,8 +21,9 @@ from common.replica_choice import replica_of
 Layout = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 """Shape and dtype of the arrays of a message, one after another."""
 
-BLOCK_TOKENS = 2048
-"""Tokens that are summed up at a time: what lies between their rows and their sums stays in the cache."""
+BLOCK_TOKENS = 64
+"""Tokens that are summed up at a time: what lies between their rows and their sums stays in the cache. With
+six rows of 2048 each, 512 tokens took half as long in blocks of 64 as in one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +200,7 @@ def expand_rows(
     position_of = torch.full_like(keys, num_rows)
     position_of[order] = torch.arange(num_rows)
     weights = torch.where(local < num_local, topk_weights, 0.0)
-    rows = hidden[order // max(slot_keys.shape[1], 1)]
+    rows = hidden.index_select(0, order // max(slot_keys.shape[1], 1))
     return LocalRows(rows, counts, position_of.view(slot_keys.shape), weights)
 
 
@@ -214,7 +215,7 @@ def weighted_sum(rows: Tensor, position_of: Tensor, topk_weights: Tensor) -> Ten
         position, weights = position_of[block], topk_weights[block]
         wide = torch.zeros(position.shape[0], rows.shape[1], dtype=torch.float64, device=rows.device)
         for slot in range(position.shape[1]):
-            wide += rows[position[:, slot]].float() * weights[:, slot, None]
+            wide += rows.index_select(0, position[:, slot]).float() * weights[:, slot, None]
         total[block] = wide
     return total
 
@@ -228,7 +229,7 @@ def partial_sum(output: Tensor, local: LocalRows) -> Tensor:
         tokens = (position < output.shape[0]).nonzero().squeeze(1)
         if tokens.numel():
             # A token stands in a slot once, so that no two rows meet in this addition.
-            product = output[position[tokens]].float() * local.weights[tokens, slot, None]
+            product = output.index_select(0, position[tokens]).float() * local.weights[tokens, slot, None]
             total.index_add_(0, tokens, product.double())
     return total
 
