@@ -3,7 +3,8 @@
 `OMP_WAIT_POLICY=passive python -m benchmarks.bench_micro_batches DIR [--workers 1 2] [--repetitions 20]`
 Writes three MoE layers of DeepSeek-V2-Lite's shape in W8A8 to DIR unless they are there, and runs the
 router's model against real executors over links at ep_level 2, one thread each. The stages of a micro-batch
-are measured in steps that consist of one alone; whole steps alternate with them. Prints a markdown table.
+are the mean over steps that consist of one of them alone; whole steps alternate with these. Prints a markdown
+table of medians in milliseconds, in brackets how much faster than with one micro-batch.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import asyncio
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ from router.model.latent_cache import LatentCache
 from router.model.loading import load_model
 from router.model.recording import record_modules
 from router.plan import Chunk, Plan
-from router.sequence import Sequence
+from router.sequence import Sequence as Answer
 from tests.expert_worker.executor_child import (
     INCARNATION,
     JOIN_TIMEOUT_S,
@@ -56,7 +57,7 @@ DECODED_AT = 64
 def prefill(num_tokens: int) -> Plan:
     """One prompt."""
     blocks = list(range(-(-num_tokens // BLOCK_SIZE)))
-    prompt = Sequence("prompt", _tokens(num_tokens, 0), num_tokens, max_tokens=1, block_table=blocks)
+    prompt = Answer("prompt", _tokens(num_tokens, 0), num_tokens, max_tokens=1, block_table=blocks)
     return Plan((Chunk(prompt, 0, num_tokens, samples=True),))
 
 
@@ -67,7 +68,7 @@ def decode(num_sequences: int) -> Plan:
     for number in range(num_sequences):
         blocks = list(range(number * each, (number + 1) * each))
         tokens = _tokens(DECODED_AT + 1, number)
-        answer = Sequence(str(number), tokens, DECODED_AT, max_tokens=2, block_table=blocks)
+        answer = Answer(str(number), tokens, DECODED_AT, max_tokens=2, block_table=blocks)
         chunks.append(Chunk(answer, DECODED_AT, 1, samples=True))
     return Plan(tuple(chunks))
 
@@ -81,20 +82,15 @@ WORKLOADS = {"prefill, 512 tokens": prefill(512), "decode, 96 sequences": decode
 
 @dataclass(slots=True)
 class Samples:
-    """Seconds of many steps of one kind: of the step, and of a layer's Ta, Ts, Te and Tc."""
+    """Seconds, once per repetition: of whole steps, and of the stages of their micro-batches."""
 
-    step: list[float] = field(default_factory=list)
+    steps: list[float] = field(default_factory=list)
     stages: list[Stages] = field(default_factory=list)
 
-    @property
-    def median(self) -> Stages:
-        """Stage by stage."""
-        return Stages(
-            *(
-                statistics.median(getattr(one, name) for one in self.stages)
-                for name in ("attention_s", "shared_s", "experts_s", "one_way_s")
-            )
-        )
+
+def each_stage(average: Callable[[Iterable[float]], float], samples: Sequence[Stages]) -> Stages:
+    """Average stage by stage."""
+    return Stages(*(average(times) for times in zip(*map(astuple, samples), strict=True)))
 
 
 class Router:
@@ -106,8 +102,8 @@ class Router:
         self._step_id = 0
         self.num_layers = len(model.config.moe_layer_ids)
 
-    def step(self, plan: Plan, micro_batches: int, samples: Samples) -> None:
-        """Run a step once; stages say something only where the step is one micro-batch."""
+    def step(self, plan: Plan, micro_batches: int) -> tuple[float, Stages]:
+        """Run a step once: its seconds, and stages, which say something where it is one micro-batch."""
         self._step_id += 1
         parts = plan.split(micro_batches)
         batches = [build_batch(part, BLOCK_SIZE, "cpu", number) for number, part in enumerate(parts)]
@@ -122,9 +118,8 @@ class Router:
         received, computed, sent = (
             max(times) / self.num_layers for times in zip(*self._exchange.last_step_times(), strict=True)
         )
-        samples.step.append(took_s)
         busy_s = took_s / self.num_layers - spent["wait"]
-        samples.stages.append(Stages(busy_s, spent["shared_experts"], computed, (received + sent) / 2))
+        return took_s, Stages(busy_s, spent["shared_experts"], computed, (received + sent) / 2)
 
 
 @asynccontextmanager
@@ -155,23 +150,25 @@ async def fleet(directory: Path, model: DeepseekForCausalLM, num_workers: int) -
             exchange.close()
 
 
-def measure(router: Router, plan: Plan, repetitions: int) -> dict[int, tuple[Samples, Samples]]:
-    """By number of micro-batches: one of them alone, and the whole step; all alternate."""
-    samples = {number: (Samples(), Samples()) for number in MICRO_BATCHES}
+def measure(router: Router, plan: Plan, repetitions: int) -> dict[int, Samples]:
+    """By number of micro-batches; all alternate."""
+    samples = {number: Samples() for number in MICRO_BATCHES}
     for repetition in range(WARM_UP + repetitions):
-        for number, (alone, whole) in samples.items():
-            warms_up = repetition < WARM_UP
-            router.step(plan.split(number)[0], 1, Samples() if warms_up else alone)
-            router.step(plan, number, Samples() if warms_up else whole)
+        for number, own in samples.items():
+            alone = [router.step(part, 1)[1] for part in plan.split(number)]
+            took_s, _ = router.step(plan, number)
+            if repetition >= WARM_UP:
+                own.steps.append(took_s)
+                own.stages.append(each_stage(statistics.fmean, alone))
     return samples
 
 
-def lines(name: str, num_workers: int, num_layers: int, found: dict[int, tuple[Samples, Samples]]) -> None:
-    """Print a line of the table for each number of micro-batches, all times in milliseconds."""
-    measured = {number: statistics.median(whole.step) for number, (_, whole) in found.items()}
-    expected = {number: turns_s(alone.median, num_layers, number) for number, (alone, _) in found.items()}
-    for number, (alone, _) in found.items():
-        stages = alone.median
+def lines(name: str, num_workers: int, num_layers: int, found: dict[int, Samples]) -> None:
+    """Print a line of the table for each number of micro-batches."""
+    all_stages = {number: each_stage(statistics.median, own.stages) for number, own in found.items()}
+    measured = {number: statistics.median(own.steps) for number, own in found.items()}
+    expected = {number: turns_s(stages, num_layers, number) for number, stages in all_stages.items()}
+    for number, stages in all_stages.items():
         formula_s = full_pipeline_s(stages, num_layers, number)
         times = [stages.attention_s, stages.shared_s, stages.experts_s, stages.one_way_s, stages.bound_s]
         cells = [

@@ -200,7 +200,7 @@ def expand_rows(
     position_of = torch.full_like(keys, num_rows)
     position_of[order] = torch.arange(num_rows)
     weights = torch.where(local < num_local, topk_weights, 0.0)
-    rows = hidden[order // max(slot_keys.shape[1], 1)]
+    rows = hidden.index_select(0, order // max(slot_keys.shape[1], 1))
     return LocalRows(rows, counts, position_of.view(slot_keys.shape), weights)
 
 
@@ -237,7 +237,7 @@ def partial_sum(output: Tensor, local: LocalRows) -> Tensor:
         tokens = (position < output.shape[0]).nonzero().squeeze(1)
         if tokens.numel():
             # A token stands in a slot once, so that no two rows meet in this addition.
-            product = output[position[tokens]].float() * local.weights[tokens, slot, None]
+            product = output.index_select(0, position[tokens]).float() * local.weights[tokens, slot, None]
             total.index_add_(0, tokens, product.double())
     return total
 

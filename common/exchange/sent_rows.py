@@ -48,10 +48,11 @@ def gather_rows(hidden_states: Tensor, token_of: Tensor, quantize: QuantizeRows 
 
     A token is quantised once, however many experts it goes to: a row's bits depend on nothing but the row.
     """
+    # Not hidden_states[token_of], which on a CPU copies numbers where this copies rows.
     if quantize is None:
-        return SentRows(hidden_states[token_of], None)
+        return SentRows(hidden_states.index_select(0, token_of), None)
     rows, scales = quantize(hidden_states)
-    return SentRows(rows[token_of], scales[token_of])
+    return SentRows(rows.index_select(0, token_of), scales.index_select(0, token_of))
 
 
 def _bytes_of(array: Tensor) -> Tensor:
