@@ -129,13 +129,16 @@ def int8_experts(
     tokens_per_expert: Tensor,
     gate_up: Sequence[PackedInt8],
     down: Sequence[PackedInt8],
-) -> Tensor:  # [R, D] int8, [R] float32, [E_local], E_local x [2F, D], E_local x [D, F] -> [R, D] float32
+    dtype: torch.dtype,
+) -> Tensor:  # [R, D] int8, [R] float32, [E_local], E_local x [2F, D], E_local x [D, F] -> [R, D]
     """Run rows, sorted by expert, through all experts of a layer in one call; see has_fused_experts."""
     backend = _backend()
     if not isinstance(backend, NativeInt8):
         raise TypeError("there is no fused kernel here: ask has_fused_experts first")
-    own = [[one for one in packed if isinstance(one, PackedWeight)] for packed in (gate_up, down)]
-    return backend.int8_experts(rows, row_scales, tokens_per_expert, *own)
+    own_gate_up, own_down = (
+        [one for one in packed if isinstance(one, PackedWeight)] for packed in (gate_up, down)
+    )
+    return backend.int8_experts(rows, row_scales, tokens_per_expert, own_gate_up, own_down, dtype)
 
 
 @cache

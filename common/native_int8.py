@@ -146,10 +146,12 @@ class NativeInt8:
         tokens_per_expert: Tensor,
         gate_up: Sequence[PackedWeight],
         down: Sequence[PackedWeight],
-    ) -> Tensor:  # [R, D] int8, [R] float32, [E_local], E_local x [2F, D], E_local x [D, F] -> [R, D] float32
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:  # [R, D] int8, [R] float32, [E_local], E_local x [2F, D], E_local x [D, F] -> [R, D]
         """Run rows, sorted by expert, through the experts of a layer, all of one shape, in one call.
 
-        The bits are those of int8_linear, silu(gate) * up in float32, quantize_rows and int8_linear.
+        The bits are those of int8_linear, silu(gate) * up in float32, quantize_rows and int8_linear, rounded
+        to `dtype`, which is float32 or bfloat16.
 
         Raises:
             ValueError: rows, scales, counts and weights do not belong together.
@@ -167,11 +169,11 @@ class NativeInt8:
                 f"{len(down)} down projections"
             )
         if not active:
-            return torch.empty(rows.shape)
+            return torch.empty(rows.shape, dtype=dtype)
         for expert in active:
             _check_expert(gate_up[expert], down[expert], gate_up[active[0]])
         rows, row_scales = _checked_rows(rows, row_scales, gate_up[active[0]])
-        output = torch.empty(rows.shape)
+        output = torch.empty(rows.shape, dtype=dtype)
         weights = (_Weight * (2 * len(active)))(
             *(packed.view for expert in active for packed in (gate_up[expert], down[expert]))
         )
@@ -180,6 +182,7 @@ class NativeInt8:
             *(
                 (ctypes.c_int64 * len(active))(*(counts[expert] for expert in active)),
                 weights,
+                dtype == torch.bfloat16,
                 output.data_ptr(),
             ),
         )
@@ -241,5 +244,7 @@ def load(library: Path = LIBRARY, path: str | None = None) -> NativeInt8:
     opened.int8_linear.argtypes = [number, number, pointer, pointer, size, pointer, pointer]
     opened.int8_quantising_linear.argtypes = [number, number, number, pointer, size, pointer, pointer]
     opened.int8_mlp.argtypes = [number, number, number, pointer, size, pointer, pointer]
-    opened.int8_experts.argtypes = [number, number, pointer, pointer, size, pointer, pointer, pointer]
+    opened.int8_experts.argtypes = [
+        *(number, number, pointer, pointer, size, pointer, pointer, number, pointer)
+    ]
     return NativeInt8(opened, path or best_path(opened))

@@ -11,7 +11,7 @@ import torch  # noqa: F401 - loads the OpenMP runtime that the library is to fin
 from common.errors import ConfigError
 from common.native.compiler import LIBRARY
 
-VERSION = 2
+VERSION = 3
 PATHS = ("portable", "avx2", "avx512_vnni")
 """The ways through the kernels, in the order of their numbers there."""
 

@@ -71,11 +71,13 @@ def int8_experts(
     if row_scales is None:
         rows, row_scales = int8_rows.quantize_rows(rows)
     if is_grouped and int8_rows.has_fused_experts():
-        fused = int8_rows.int8_experts(rows, row_scales, tokens_per_expert, packed.gate_up, packed.down)
+        output = int8_rows.int8_experts(
+            rows, row_scales, tokens_per_expert, packed.gate_up, packed.down, packed.dtype
+        )
         if on_progress is not None:
             for _ in range(int(tokens_per_expert.count_nonzero())):
                 on_progress()
-        return fused.to(packed.dtype)
+        return output
     output = torch.empty(rows.shape, dtype=packed.dtype, device=rows.device)
     first = 0
     for expert, num_rows in enumerate(tokens_per_expert.tolist()):

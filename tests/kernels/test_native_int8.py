@@ -143,6 +143,7 @@ def test_an_mlp_has_the_bits_of_a_single_expert(kernel: NativeInt8, dtype: torch
     x = randn(2, 600, 40, dtype=dtype)
     rows = kernel.quantize_rows(x)
     expected = kernel.int8_experts(*rows, torch.tensor([600]), [gate_up], [down]).to(dtype)
+    assert torch.equal(kernel.int8_experts(*rows, torch.tensor([600]), [gate_up], [down], dtype), expected)
     for threads in THREAD_COUNTS:
         with num_threads(threads):
             for count in SEVERAL_ROW_COUNTS:
