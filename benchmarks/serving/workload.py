@@ -26,7 +26,7 @@ class Workload:
 
     prefill_tokens: int = 512
     prompt_tokens: int = 16
-    decode_tokens: int = 64
+    decode_tokens: int = 32
     batches: tuple[int, ...] = (1, 8, 32)
     repetitions: int = 2
     threads: int = 2
