@@ -4,6 +4,7 @@
 #   TORCH_INDEX_URL  where torch comes from, for example https://download.pytorch.org/whl/cu130 for CUDA;
 #                    default: the CPU build, wherever pip finds one (see README, "Install")
 #   PYTEST_ARGS      more arguments for pytest, for example PYTEST_ARGS='-k exchange -x'
+#   BENCH_ARGS       arguments for the serving benchmark: where its peers are (benchmarks/README.md)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -14,6 +15,7 @@ BIN := $(VENV)/bin
 PYTHON ?=
 TORCH_INDEX_URL ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 .PHONY: help setup demo test test-all test-slow test-compose lint format types protos check bench clean
 
@@ -70,8 +72,8 @@ bench: setup  ## Run the benchmarks of benchmarks/ (see its README)
 	@$(BIN)/python -m benchmarks.bench_exchange
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.bench_int8
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.bench_micro_batches .cache/v2-lite-layers
-	@$(BIN)/python -m benchmarks.v2_lite_shape .cache/v2-lite-shape
-	@$(BIN)/python -m benchmarks.bench_serving .cache/v2-lite-shape
+	@$(BIN)/python -m benchmarks.cpu_serving $(BENCH_ARGS)
+	@$(BIN)/python -m benchmarks.bench_memory .cache/v2-lite-w8a8-head
 
 clean:  ## Remove what was made: environment, benchmark checkpoints, caches
 	@rm -rf $(VENV) common/native/*.so .cache build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
