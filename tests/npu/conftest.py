@@ -1,0 +1,26 @@
+"""These tests run by `make test-npu`: with torch_npu, on a fake CANN. Elsewhere they are not collected."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+collect_ignore_glob = [] if "FAKE_CANN" in os.environ else ["test_*.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything in this folder is marked, so that plain `pytest` leaves it out."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.npu)
+
+
+@pytest.fixture
+def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file to which the fake CANN writes what is called."""
+    log = tmp_path / "calls"
+    log.touch()
+    monkeypatch.setenv("FAKE_CANN_LOG", str(log))
+    return log
