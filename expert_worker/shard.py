@@ -102,7 +102,11 @@ class Shard:
                 f"layer {layer_id} has {len(floats)} experts in floating point and {len(int8s)} in int8 "
                 f"on this worker, but all experts of a layer must be of one type"
             )
-        packed = PackedInt8Experts.joined(int8s) if int8s else PackedExperts.joined(floats)
+        packed: PackedExperts | PackedInt8Experts
+        packed = self._kernels.join_int8(int8s) if int8s else self._kernels.join(floats)
+        each: Iterator[PackedExperts | PackedInt8Experts] = packed.each()
+        for expert, one in zip(own, each, strict=True):
+            self._experts[layer_id, expert] = one
         return LayerExperts(own, packed, self._kernels)
 
     def _let_go(self, wanted: set[Expert]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from common import process_group
-from common.device import find_device
+from common.device import find_device, open_device
 from common.errors import ConfigError
 from common.exchange.loopback import LoopbackExchange
 from common.exchange.routing import RowShape
@@ -89,7 +89,7 @@ def load(
     torch.set_float32_matmul_precision("highest")
     config = ModelConfig.from_directory(Path(configure.model_path))
     dtype = resolve_dtype(config, configure.dtype)
-    device = torch.device(configure.device)
+    device = open_device(configure.device)
     bytes_per_block = LatentCache.bytes_per_block(config, configure.block_size, dtype)
     tune = Tune(**configure.tune)
     limits = size_cache(configure, tune, config.max_position_embeddings, bytes_per_block)

@@ -14,9 +14,18 @@ from common import int8_rows
 from common.quantization.w8a8 import Int8Weight
 from common.rows import linear, swiglu
 from expert_worker.kernels import PackedExperts, PackedInt8Experts
-from expert_worker.kernels.reference import pack
+from expert_worker.kernels.reference import expand_rows, join, join_int8, pack
 
-__all__ = ["experts", "fused_formats", "int8_experts", "pack", "pack_int8"]
+__all__ = [
+    "expand_rows",
+    "experts",
+    "fused_formats",
+    "int8_experts",
+    "join",
+    "join_int8",
+    "pack",
+    "pack_int8",
+]
 
 
 def experts(

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from common.int8_rows import int8_linear, pack_int8, quantize_rows, quantize_rows_static
 from common.rows import MIN_ROWS, OUT_MULTIPLE, linear, per_head_linear, rms_norm, row_sum, swiglu
+from router.kernels.gate import choose_experts
 from router.kernels.reference import gather_latents, rotate, store_latents
 
 __all__ = [
+    "choose_experts",
     "decode_attention",
     "gather_latents",
     "int8_linear",

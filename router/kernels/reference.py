@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.int8_reference import int8_linear, pack_int8, quantize_rows, quantize_rows_static
+from router.kernels.gate import choose_experts
 
 __all__ = [
+    "choose_experts",
     "decode_attention",
     "gather_latents",
     "int8_linear",
