@@ -131,13 +131,11 @@ class ExchangeShape:
     Attributes:
         generation: of the devices, "A2" or "A3".
         num_workers: expert workers of the group; the router is one rank more.
-        num_servers: machines the group is spread over.
         most_tokens: tokens of the router in the largest step or micro-batch.
     """
 
     generation: str
     num_workers: int
-    num_servers: int
     n_routed_experts: int
     num_experts_per_tok: int
     hidden_size: int
@@ -151,7 +149,6 @@ DISPATCH_TOP_K = 16
 A3_LOCAL_EXPERTS = 2048
 A2_TOKENS, A3_TOKENS = 256, 512
 A2_HIDDEN, A3_HIDDEN = (32, 7168), (1024, 8192)
-A2_SERVERS = (1, 2, 4, 8)
 
 
 def distribute_dispatch(shape: ExchangeShape) -> str | None:
@@ -247,6 +244,13 @@ class ExchangeChoice:
 
     operator: str
     reasons: tuple[str, ...]
+
+
+def generation_of(device_name: str) -> str:
+    """A2 or A3, or the device's own name where it is neither: what decides which operators there are."""
+    if device_name.startswith("Ascend910B"):
+        return "A2"
+    return "A3" if device_name.startswith("Ascend910_93") else device_name
 
 
 def choose_exchange(shape: ExchangeShape) -> ExchangeChoice:

@@ -112,13 +112,16 @@ def load(
         loads=ExpertLoads(config.n_routed_experts, config.moe_layer_ids),
         send=send,
     )
-    shape = RowShape(config.hidden_size, config.num_experts_per_tok, dtype)
     connector = None
     if address is None:
         progress.begin_part()
         engine.adopt(_experts_in_process(configure, config, progress))
     else:
-        end = RouterEnd(shape, configure.term, tune.deadline_floor_s, ask_progress, timeline)
+        end = RouterEnd(
+            RowShape(config.hidden_size, config.num_experts_per_tok, dtype),
+            *(configure.term, tune.deadline_floor_s, ask_progress, timeline),
+            *(config.n_routed_experts, tune.max_prefill_tokens),
+        )
         connector = Connector(configure.exchange, address, end, deliver)
     send(
         Loaded(

@@ -51,9 +51,10 @@ class LoopbackExchange:
         """Sort the rows: hidden_states [T, D], topk_ids and topk_weights [T, K]."""
         self._check_open()
         table = self._tables[layer_id]
-        sorted_rows = sort_rows(place_slots(topk_ids, table), table)
+        # Rows are sorted and summed on the host: not every device has float64.
+        sorted_rows = sort_rows(place_slots(topk_ids.cpu(), table), table)
         return _Waiting(
-            layer_id, micro_batch, hidden_states.shape[0], hidden_states, sorted_rows, topk_weights
+            layer_id, micro_batch, hidden_states.shape[0], hidden_states, sorted_rows, topk_weights.cpu()
         )
 
     def combine(self, dispatched: Dispatched) -> Tensor:
@@ -62,10 +63,12 @@ class LoopbackExchange:
         if not isinstance(dispatched, _Waiting):
             raise LinkError("these rows were dispatched by another exchange: combine them there")
         sorted_rows = dispatched.sorted_rows
-        rows = dispatched.hidden_states[sorted_rows.token_of]
+        hidden_states = dispatched.hidden_states
+        rows = hidden_states[sorted_rows.token_of.to(hidden_states.device)]
         counts = sorted_rows.counts[0, : self._num_local[dispatched.layer_id]]
         output = self._compute(dispatched.layer_id, rows, counts, self._is_grouped)
-        return weighted_sum(output, sorted_rows.position_of, dispatched.topk_weights)
+        combined = weighted_sum(output.cpu(), sorted_rows.position_of, dispatched.topk_weights)
+        return combined.to(hidden_states.device)
 
     def close(self) -> None:
         """Refuse further steps."""

@@ -24,6 +24,9 @@ from expert_worker import step_loop
 TERM, EPOCH, INCARNATION, JOIN_S = 3, 5, 7, 20.0
 HOST = "127.0.0.1"
 
+BACKENDS = {"collective": "gloo", "hccl": "hccl"}
+"""Kinds of fleets whose workers form one group with a router, and how their rows travel."""
+
 ExpertEnd = LinksExpertExchange | CollectiveExpertExchange
 RouterEnd = LinksRouterExchange | CollectiveRouterExchange
 
@@ -48,6 +51,7 @@ def add_router(
     shape: RowShape,
     term: int = TERM,
     epoch: int = EPOCH,
+    backend: str = "gloo",
 ) -> None:
     """Join one router as worker `rank`."""
     experts = placement.experts_of(rank)
@@ -56,7 +60,7 @@ def add_router(
         exchange.add_router(term, epoch, INCARNATION, link, shape, experts)
     else:
         size = placement.ep_size + 1
-        group = join_group(store.host, store.port, f"g-{term}-{epoch}", rank + 1, size, JOIN_S, HOST)
+        group = join_group(store.host, store.port, f"g-{term}-{epoch}", rank + 1, size, JOIN_S, HOST, backend)
         exchange.add_router(term, epoch, INCARNATION, group, shape, experts)
 
 
@@ -70,8 +74,8 @@ def join_routers(
     on_closed: Callable[[int, int, str], None],
 ) -> tuple[ExpertEnd, Callable[[Received], Tensor]]:
     """Join every router as worker `rank`; return the exchange and what computes for it."""
-    ends: dict[str, type[ExpertEnd]] = {"links": LinksExpertExchange, "collective": CollectiveExpertExchange}
-    exchange = ends[kind](on_closed)
+    exchange: ExpertEnd
+    exchange = CollectiveExpertExchange(on_closed) if kind in BACKENDS else LinksExpertExchange(on_closed)
     experts = placement.experts_of(rank)
 
     def outputs(received: Received) -> Tensor:
@@ -79,7 +83,7 @@ def join_routers(
         return compute(experts[received.layer_id], received.rows, received.tokens_per_expert)
 
     for number, store in enumerate(stores):
-        add_router(exchange, store, rank, placement, shape, TERM + number)
+        add_router(exchange, store, rank, placement, shape, TERM + number, EPOCH, BACKENDS.get(kind, ""))
     return exchange, outputs
 
 
@@ -136,9 +140,9 @@ def join_workers(
     names = [f"w{rank}" for rank in range(placement.ep_size)]
     settings: dict[str, object] = {"floor_s": 5.0, "ask_progress": None, **options}
     common = (names, placement, shape, term, [INCARNATION] * len(names))
-    if kind == "collective":
+    if kind in BACKENDS:
         size = placement.ep_size + 1
-        group = join_group(store.host, store.port, f"g-{term}-{epoch}", 0, size, JOIN_S, HOST)
+        group = join_group(store.host, store.port, f"g-{term}-{epoch}", 0, size, JOIN_S, HOST, BACKENDS[kind])
         return CollectiveRouterExchange(group, *common, **settings)  # type: ignore[arg-type]
     links = [
         process_group.join_pair(store.host, store.port, f"{name}-{term}-{epoch}", 0, JOIN_S, HOST)

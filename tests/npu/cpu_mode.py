@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import DispatchKey
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -60,10 +59,7 @@ class NpuOnCpu(TorchDispatchMode):
         if func.namespace == "npu":
             return _run_vendor_operator(func, args, kwargs)
         if any(one.alias_info is not None and not one.alias_info.is_write for one in func._schema.returns):
-            if func._can_decompose() and not func.has_kernel_for_dispatch_key(DispatchKey.PrivateUse1):
-                with self:
-                    return func.decompose(*args, **kwargs)
-            if not func.is_view:
+            if func._can_decompose():  # such as `reshape` and `contiguous`, which may have to copy
                 with self:
                     return func.decompose(*args, **kwargs)
             return func(*args, **kwargs)

@@ -209,7 +209,10 @@ int aclrtEventGetTimestamp(void *handle, uint64_t *time) {
 // -------------------------------------------------------------------------------------------------------- memory
 
 static int allocate(void **out, size_t size) {
-  return posix_memalign(out, 512, size ? size : 512) ? BAD_ALLOCATION : SUCCESS;
+  size = size ? size : 512;
+  if (posix_memalign(out, 512, size)) return BAD_ALLOCATION;
+  memset(*out, 0xff, size);  // what nobody has written is NaN
+  return SUCCESS;
 }
 
 int aclrtMalloc(void **out, size_t size, int policy) { return allocate(out, size); }
