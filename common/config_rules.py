@@ -69,6 +69,7 @@ def problems_of(file: ConfigFile, sections: Sections) -> Iterator[Problem]:
     yield from _cutoff(sections)
     yield from _addresses(sections)
     yield from _lengths(sections)
+    yield from _exchange(sections)
 
 
 def warnings(file: ConfigFile, sections: Sections) -> Iterator[str]:
@@ -153,6 +154,17 @@ def _addresses(sections: Sections) -> Iterator[Problem]:
             "ExpertMesh.dataAddress",
             f'ExpertMesh.dataAddress is "{own.data_address}", but the data plane has no authentication: '
             "name the address of the interface that reaches the other services",
+        )
+
+
+def _exchange(sections: Sections) -> Iterator[Problem]:
+    own = sections.own
+    if own.exchange == "links" and own.device != "cpu":
+        path = sections.path("ExpertMesh.exchange")
+        yield Problem(
+            frozenset({"exchange", "device"}),
+            path,
+            f'{path} is "links", but rows of device "{own.device}" travel in a collective: leave it out',
         )
 
 
