@@ -262,4 +262,5 @@ def choose_exchange(shape: ExchangeShape) -> ExchangeChoice:
     ):
         why = why_not or "it is not built in this version"
         reasons.append(f"{name} cannot be used, because {why}")
+    reasons[-1] += f" (it would take HCCL_BUFFSIZE={least_buffer_mb(shape)})"
     return ExchangeChoice("HcclAlltoAllV", tuple(reasons))

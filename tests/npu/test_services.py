@@ -20,6 +20,7 @@ from tests.npu.model_within_limits import write_within_limits
 
 PROMPT = [100 + 7919 * i % 100000 for i in range(24)]
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 5, "ignore_eos": True, "logprobs": 2}
+VISIBLE = "ASCEND_RT_VISIBLE_DEVICES"
 ROUNDING = 0.15
 """Of a logprob: logits around 8 are rounded to 1/32 in bfloat16, and so is what they are made of."""
 CONFIGURATION = {
@@ -71,6 +72,8 @@ def test_both_levels_answer_as_the_reference_does_and_with_the_same_bits(
         reference = generate(on_cpu, PROMPT, **GREEDY)
     with npu_fleet(model, tmp_path) as fleet:
         assert [worker.device for worker in fleet.status().workers] == ["npu", "npu"]
+        own_device = [one.environ()[VISIBLE] for one in (fleet.engine(), *fleet.executors())]
+        assert sorted(own_device) == ["0", "1", "2"]
         at_level_1 = generate(fleet, PROMPT, **GREEDY)
         switch_to_level_2(fleet)
         at_level_2 = generate(fleet, PROMPT, **GREEDY)
