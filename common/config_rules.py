@@ -81,6 +81,8 @@ def warnings(file: ConfigFile, sections: Sections) -> Iterator[str]:
         if acts_at != level and sections.is_given(key) and not asks_for_nothing:
             yield f"{sections.path(key)} has no effect at ep_level {level}: it acts at ep_level {acts_at}"
     yield from reports(sections)
+    if sections.model.npu_mem_size != -1 and sections.own.device != "npu":
+        yield f"{sections.path('ModelConfig.npuMemSize')} is ignored: it sizes the cache on an NPU"
     factor = sections.deepseek.topk_scaling_factor
     if factor is not None and factor < LEAST_FACTOR_OF_MINDIE:
         path = sections.path("models.deepseekv2.topk_scaling_factor")

@@ -148,7 +148,8 @@ def size_cache(
     if num_blocks < 1:
         raise ConfigError(
             f"{configure.kv_cache_bytes} bytes for the KV cache hold no block of {configure.block_size} "
-            f"tokens, which takes {bytes_per_block}: raise cpuMemSize or lower the block size"
+            f"tokens, which takes {bytes_per_block}: raise cpuMemSize, on an NPU npuMemSize, or lower the "
+            "block size"
         )
     most = min(max_position_embeddings, num_blocks * configure.block_size)
     max_seq_len = most if configure.max_seq_len is None else min(configure.max_seq_len, most)
