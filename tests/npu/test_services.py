@@ -82,19 +82,24 @@ def test_both_levels_answer_as_the_reference_does_and_with_the_same_bits(
     assert_equal_within_rounding(at_level_1, reference)
 
 
-def test_a_worker_that_is_killed_is_missed_in_time_and_the_fleet_serves_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("how", "ep_level"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 2)])
+def test_a_worker_that_dies_or_stalls_is_missed_in_time_and_the_fleet_serves_again(
+    how: signal.Signals, ep_level: int, tmp_path: Path
+) -> None:
     model = write_within_limits(tmp_path, "v2")
     with npu_fleet(model, tmp_path) as fleet:
+        if ep_level == 2:
+            switch_to_level_2(fleet)
         before = generate(fleet, PROMPT, **GREEDY)
         epoch = fleet.status().epoch
         with ThreadPoolExecutor(1) as pool:
             stream = pool.submit(generate, fleet, PROMPT, **{**GREEDY, "max_tokens": 400})
             fleet.wait_until(lambda status: status.num_requests_running == 1 and status.num_steps > 8)
-            fleet.executors()[1].send_signal(signal.SIGKILL)
-            killed = time.monotonic()
+            fleet.executors()[1].send_signal(how)
+            signalled = time.monotonic()
             error = stream.exception(timeout=60)
         assert isinstance(error, grpc.RpcError)
         assert error.code() == grpc.StatusCode.UNAVAILABLE
-        assert time.monotonic() - killed < 30
+        assert time.monotonic() - signalled < 30
         fleet.wait_until(lambda status: status.ready and status.epoch > epoch, 90)
         assert generate(fleet, PROMPT, **GREEDY).token_ids == before.token_ids
