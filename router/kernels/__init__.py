@@ -103,7 +103,7 @@ class RouterKernels(Protocol):
             q_pe: [N, H, R].
             cache: [blocks, block_size, C + R]; slots of no token may hold anything.
             block_tables: [N, most blocks of any query] int64, padded with any valid block.
-            context_lens: [N] int64, keys each query sees, at least 1.
+            context_lens: [N] int64 on the CPU, keys each query sees, at least 1.
             scale: what scores are multiplied with.
 
         Returns:

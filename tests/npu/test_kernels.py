@@ -163,7 +163,7 @@ def test_queries_see_the_latents_of_their_own_sequence(
     tables, lengths = torch.tensor([[3, 0, 4], [1, 0, 0], [4, 3, 0]]), torch.tensor([270, 1, 256])
     expected = router_reference.decode_attention(q_latent, q_pe, plain, tables, lengths, 0.05)
     attended = ROUTER.decode_attention(
-        q_latent.to("npu"), q_pe.to("npu"), cache, tables.to("npu"), lengths.to("npu"), 0.05
+        q_latent.to("npu"), q_pe.to("npu"), cache, tables.to("npu"), lengths, 0.05
     )
     compare(attended, expected)
     assert any("FusedInferAttention" in name for name in called(calls)) == is_fused
