@@ -51,6 +51,7 @@ class Shard:
         self._source: ShardSource | None = None
         self._experts: dict[Expert, PackedExperts | PackedInt8Experts] = {}
         self._num_bytes: dict[Expert, int] = {}
+        self._is_fused = False
         self.loaded_bytes = 0
 
     def hold(
@@ -83,13 +84,16 @@ class Shard:
                 self._num_bytes[expert] = reader.num_bytes(expert)
                 self.loaded_bytes += self._num_bytes[expert]
                 on_progress(self.loaded_bytes, total)
-        return {layer_id: self._layer(layer_id, own) for layer_id, own in experts.items()}
+        layers = {layer_id: self._layer(layer_id, own) for layer_id, own in experts.items()}
+        held = [layer for layer in layers.values() if layer.num_local_experts]
+        self._is_fused = bool(held) and all(layer.is_fused for layer in held)
+        return layers
 
     def describe_grouped_matmul(self) -> str:
         """How the experts of a layer are run where fused calls are allowed, and why."""
         is_int8 = any(isinstance(packed, PackedInt8Experts) for packed in self._experts.values())
         name = "W8A8" if is_int8 else self._source.dtype if self._source is not None else "nothing"
-        if name in self._kernels.fused_formats():
+        if self._is_fused:
             return f"one fused call for all experts of a layer: there is a kernel for {name}"
         return f"one product after another for each expert: there is no fused kernel for {name} here"
 

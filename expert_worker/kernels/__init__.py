@@ -141,8 +141,8 @@ class ExpertKernels(Protocol):
             slot_keys: [T, K] int64 and topk_weights: [T, K] float32, where sums are made.
         """
 
-    def fused_formats(self) -> tuple[str, ...]:
-        """The formats ("W8A8") for which one call runs all experts of a layer; others take one each."""
+    def is_fused(self, packed: PackedExperts | PackedInt8Experts) -> bool:
+        """Whether one call runs all experts of `packed`, which `join` or `join_int8` returned."""
 
 
 def load_kernels(device: str) -> ExpertKernels:

@@ -24,8 +24,8 @@ from expert_worker.kernels.reference import pack, pack_int8
 __all__ = [
     "expand_rows",
     "experts",
-    "fused_formats",
     "int8_experts",
+    "is_fused",
     "join",
     "join_int8",
     "pack",
@@ -280,9 +280,9 @@ def _report(tokens_per_expert: Tensor, on_progress: Callable[[], None] | None) -
             on_progress()
 
 
-def fused_formats() -> tuple[str, ...]:
-    """The formats for which one call runs all experts of a layer."""
-    return ("W8A8", "bfloat16", "float32")
+def is_fused(packed: PackedExperts | PackedInt8Experts) -> bool:
+    """Whether one call of each operator runs all experts: where their weights are stacked."""
+    return isinstance(packed, StackedExperts | StackedInt8Experts)
 
 
 def expand_rows(

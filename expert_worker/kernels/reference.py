@@ -19,8 +19,8 @@ from expert_worker.kernels import PackedExperts, PackedInt8Experts
 __all__ = [
     "expand_rows",
     "experts",
-    "fused_formats",
     "int8_experts",
+    "is_fused",
     "join",
     "join_int8",
     "pack",
@@ -126,6 +126,6 @@ def int8_experts(
     return output
 
 
-def fused_formats() -> tuple[str, ...]:
-    """The formats for which one call runs all experts of a layer."""
-    return ()
+def is_fused(packed: PackedExperts | PackedInt8Experts) -> bool:
+    """Whether one call runs all experts: never."""
+    return False

@@ -257,6 +257,7 @@ def test_experts_that_are_joined_again_are_not_copied_and_others_are(calls: Path
     eights = [[quantize_channels(one) for one in own] for own in weights_of(1, torch.float32)]
     singles = int8_parts(eights)
     packed = EXPERTS.join_int8(singles)
+    assert EXPERTS.is_fused(packed)
     again = EXPERTS.join_int8(list(packed.each()))
     assert again.gate_up[0].parts[0] is packed.gate_up[0].parts[0]
     fewer = EXPERTS.join_int8(list(packed.each())[2:] + singles[:1])
@@ -286,6 +287,7 @@ def test_int8_experts_outside_of_the_limits_are_computed_by_the_reference(calls:
     expected = expert_reference.int8_experts(rows, None, tokens, int8_reference_layer(eights))
     assert torch.equal(EXPERTS.int8_experts(rows.to("npu"), None, tokens, packed).cpu(), expected)
     assert not any("GroupedMatmul" in name for name in called(calls))
+    assert not EXPERTS.is_fused(packed)
 
 
 @pytest.mark.parametrize(("first_key", "num_local"), [(0, 5), (5, 5), (15, 3), (5, 0)])
