@@ -12,12 +12,14 @@ SHELL := /bin/bash
 
 VENV := .venv
 BIN := $(VENV)/bin
+NPU_VENV := .venv-npu
+FAKE_CANN := $(CURDIR)/.cache/fake-cann
 PYTHON ?=
 TORCH_INDEX_URL ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: help setup demo test test-all test-slow test-compose lint format types protos check bench clean
+.PHONY: help setup demo test test-all test-slow test-compose test-npu lint format types protos check bench clean
 
 help:  ## Say what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -48,6 +50,19 @@ test-slow: setup  ## Run only the tests that `make test` leaves out for their le
 test-compose: setup  ## Build the image and run the compose files with a Docker engine
 	@$(BIN)/python -m pytest -m compose $(PYTEST_ARGS)
 
+# torch_npu breaks a plain `import torch` where there is no CANN: it has an environment of its own.
+$(NPU_VENV)/.installed: pyproject.toml scripts/setup.sh
+	@PYTHON='$(PYTHON)' EXTRAS=npu,test scripts/setup.sh $(NPU_VENV)
+	@touch $@
+
+$(FAKE_CANN)/.built: $(NPU_VENV)/.installed $(wildcard tests/npu/fake_cann/*)
+	@rm -rf $(FAKE_CANN)
+	@$(NPU_VENV)/bin/python -m tests.npu.fake_cann.build $(FAKE_CANN)
+	@touch $@
+
+test-npu: $(FAKE_CANN)/.built  ## Run the NPU path: the real torch_npu on a fake CANN (see docs/npu.md)
+	@FAKE_CANN=$(FAKE_CANN) PYTHONPATH=tests/npu/site $(NPU_VENV)/bin/python -m pytest -m npu tests/npu $(PYTEST_ARGS)
+
 lint: setup  ## Style, and who imports whom
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -76,5 +91,5 @@ bench: setup  ## Run the benchmarks of benchmarks/ (see its README)
 	@$(BIN)/python -m benchmarks.bench_memory .cache/v2-lite-w8a8-head
 
 clean:  ## Remove what was made: environment, benchmark checkpoints, caches
-	@rm -rf $(VENV) common/native/*.so .cache build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	@rm -rf $(VENV) $(NPU_VENV) common/native/*.so .cache build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -17,7 +17,7 @@ keys to values: {"ServerConfig.port": 0, "ModelConfig.worldSize": 4, "ExpertMesh
 | enable_init_routing_cutoff       | models.deepseekv2, by the same name       | False                      |
 | topk_scaling_factor              | models.deepseekv2, by the same name       | None                       |
 | alltoall_ep_buffer_scale_factors | models.deepseekv2, by the same name       | MindIE's documented table  |
-| kv_cache_bytes                   | ModelConfig.cpuMemSize (GB)               | 1 GB                       |
+| kv_cache_bytes                   | ModelConfig.cpuMemSize, .npuMemSize (GB)  | 1 GB                       |
 | max_seq_len                      | ModelDeployConfig.maxSeqLen               | None: as the checkpoint    |
 | max_input_token_len              | ModelDeployConfig.maxInputTokenLen        | None: max_seq_len - 1      |
 | truncation                       | ModelDeployConfig.truncation              | 0 (-1: cut right, 1: left) |
@@ -229,12 +229,21 @@ def _resolve(
             *(f"{before}{problem.sentence}" for problem in problems),
             paths=tuple(problem.path for problem in problems),
         )
+    keys = keys_of(sections)
     derived, inferred = _derive(sections)
-    taken = {name: sections.value(key) for name, key in KEYS.items()}
+    derived["kv_cache_bytes"] = int(sections.value(keys["kv_cache_bytes"]) * GIGABYTE)
+    taken = {name: sections.value(key) for name, key in keys.items()}
     config = Config(**{**taken, **derived}, warnings=(*warnings(file, sections), *unknown))
-    origins = origins_of(KEYS, sections, variables, overrides, inferred)
-    paths = {name: sections.path(key) for name, key in KEYS.items()}
+    origins = origins_of(keys, sections, variables, overrides, inferred)
+    paths = {name: sections.path(key) for name, key in keys.items()}
     return Effective(config, origins, given, path, overrides, paths)
+
+
+def keys_of(sections: Sections) -> dict[str, str]:
+    """Return the key of each field: npuMemSize sizes the cache of an NPU, where it is given."""
+    if sections.own.device == "npu" and sections.model.npu_mem_size > 0:
+        return KEYS | {"kv_cache_bytes": "ModelConfig.npuMemSize"}
+    return KEYS
 
 
 def _derive(sections: Sections) -> tuple[dict[str, Any], dict[str, str]]:
@@ -246,7 +255,6 @@ def _derive(sections: Sections) -> tuple[dict[str, Any], dict[str, str]]:
         "world_size": group.world_size,
         "moe_ep": group.moe_ep,
         "moe_tp": group.moe_tp,
-        "kv_cache_bytes": int(model.cpu_mem_size * GIGABYTE),
     }
     if own.experts_in_process:
         values |= {"world_size": 0, "moe_ep": 0}

@@ -69,6 +69,7 @@ def problems_of(file: ConfigFile, sections: Sections) -> Iterator[Problem]:
     yield from _cutoff(sections)
     yield from _addresses(sections)
     yield from _lengths(sections)
+    yield from _exchange(sections)
 
 
 def warnings(file: ConfigFile, sections: Sections) -> Iterator[str]:
@@ -79,6 +80,8 @@ def warnings(file: ConfigFile, sections: Sections) -> Iterator[str]:
         asks_for_nothing = sections.value(key) in (None, False, "auto")
         if acts_at != level and sections.is_given(key) and not asks_for_nothing:
             yield f"{sections.path(key)} has no effect at ep_level {level}: it acts at ep_level {acts_at}"
+    if sections.model.npu_mem_size != -1 and sections.own.device != "npu":
+        yield f"{sections.path('ModelConfig.npuMemSize')} is ignored: it sizes the cache on an NPU"
     factor = sections.deepseek.topk_scaling_factor
     if factor is not None and factor < LEAST_FACTOR_OF_MINDIE:
         path = sections.path("models.deepseekv2.topk_scaling_factor")
@@ -152,6 +155,17 @@ def _addresses(sections: Sections) -> Iterator[Problem]:
             "ExpertMesh.dataAddress",
             f'ExpertMesh.dataAddress is "{own.data_address}", but the data plane has no authentication: '
             "name the address of the interface that reaches the other services",
+        )
+
+
+def _exchange(sections: Sections) -> Iterator[Problem]:
+    own = sections.own
+    if own.exchange == "links" and own.device != "cpu":
+        path = sections.path("ExpertMesh.exchange")
+        yield Problem(
+            frozenset({"exchange", "device"}),
+            path,
+            f'{path} is "links", but rows of device "{own.device}" travel in a collective: leave it out',
         )
 
 

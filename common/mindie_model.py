@@ -66,7 +66,7 @@ class ModelConfig(Section):
     models: Annotated[Models, BeforeValidator(_models)] = Models()
     cpu_mem_size: float = Field(default=1, gt=0, le=1 << 20)
     trust_remote_code: bool = False
-    npu_mem_size: Annotated[int, Ignored("it sizes the cache on an NPU")] = Field(default=-1, ge=-1)
+    npu_mem_size: int = Field(default=-1, ge=-1)
     model_instance_type: Annotated[
         Literal["Standard", "StandardMock", "TargetModel", "AssistantModel"],
         Ignored("the model is always computed, and alone"),

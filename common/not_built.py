@@ -11,20 +11,20 @@ from common.config_file import Sections
 from common.config_problems import Problem, json_line
 
 NO_TLS = "TLS is not built in this version, and nothing is sent in plaintext silently: set it to false"
-REFUSED = {
-    "ServerConfig.httpsEnabled": (False, NO_TLS),
-    "ServerConfig.interCommTLSEnabled": (False, NO_TLS),
-    "BackendConfig.interNodeTLSEnabled": (False, NO_TLS),
-    "ExpertMesh.httpPort": (None, "HTTP is not built in this version: leave it out"),
-    "ExpertMesh.device": ("cpu", 'only "cpu" is built in this version'),
+REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
+    "ServerConfig.httpsEnabled": ((False,), NO_TLS),
+    "ServerConfig.interCommTLSEnabled": ((False,), NO_TLS),
+    "BackendConfig.interNodeTLSEnabled": ((False,), NO_TLS),
+    "ExpertMesh.httpPort": ((None,), "HTTP is not built in this version: leave it out"),
+    "ExpertMesh.device": (("cpu", "npu"), 'only "cpu" and "npu" are built in this version'),
 }
-"""Keys that would silently be less safe, or other, than what was asked for: the one value, and why."""
+"""Keys that would silently be less safe, or other, than what was asked for: what is built, and why."""
 
 
 def refusals(sections: Sections) -> Iterator[Problem]:
     """Name every key that asks for what cannot be done."""
-    for key, (only, why) in REFUSED.items():
+    for key, (built, why) in REFUSED.items():
         value = sections.value(key)
-        if value != only:
+        if value not in built:
             keys, path = frozenset({key.rpartition(".")[2]}), sections.path(key)
             yield Problem(keys, path, f"{path} is {json_line(value)}, but {why}")

@@ -32,7 +32,7 @@ from common.progress_counter import ProgressCounter
 from expert_worker.arithmetic import arithmetic_hash
 from expert_worker.epoch_loading import EpochLoading, Layers
 from expert_worker.joining import JoinGroup, JoinLink
-from expert_worker.kernels import load_kernels
+from expert_worker.kernels import ExpertKernels, load_kernels
 from expert_worker.messages import TO_EXECUTOR, Configure, Forget, LinkClosed, Prepare, Ready
 from expert_worker.shard import Shard
 from expert_worker.step_loop import serve
@@ -93,8 +93,12 @@ class Executor:
                 return 0
             if not isinstance(first, Configure):
                 raise ControlError(f"the first message is {type(first).__name__}, but it must be Configure")
-            joining = self._open(first)
-            loading = self._start(first, joining)
+            if first.threads is not None:
+                torch.set_num_threads(first.threads)
+            torch.set_float32_matmul_precision("highest")
+            device, kernels = open_device(first.device), load_kernels(first.device)
+            joining = self._open(first, kernels)
+            loading = self._start(first, joining, device, kernels)
             threading.Thread(
                 target=self._read, args=(messages, loading, joining), name="channel", daemon=True
             ).start()
@@ -108,21 +112,20 @@ class Executor:
             logger.error("the executor failed", exc_info=error)
             return self._end(error, 1)
 
-    def _open(self, configure: Configure) -> JoinLink | JoinGroup:
+    def _open(self, configure: Configure, kernels: ExpertKernels) -> JoinLink | JoinGroup:
         if configure.exchange == "links":
             exchange = LinksExpertExchange(self._link_closed)
             return JoinLink(exchange, configure.data_address, configure.same_host_transport)
-        device = find_device(configure.device)
-        return JoinGroup(
-            CollectiveExpertExchange(self._link_closed), configure.data_address, device.collective
-        )
+        group = CollectiveExpertExchange(self._link_closed, kernels.expand_rows)
+        return JoinGroup(group, configure.data_address, find_device(configure.device).collective)
 
-    def _start(self, configure: Configure, joining: JoinLink | JoinGroup) -> EpochLoading:
-        if configure.threads is not None:
-            torch.set_num_threads(configure.threads)
-        torch.set_float32_matmul_precision("highest")
-        device = open_device(configure.device)
-        kernels = load_kernels(configure.device)
+    def _start(
+        self,
+        configure: Configure,
+        joining: JoinLink | JoinGroup,
+        device: torch.device,
+        kernels: ExpertKernels,
+    ) -> EpochLoading:
         shard = Shard(kernels, device)
         loading = EpochLoading(
             shard, joining, self._tables.add, self._channel.send, partial(free_memory, configure.device)

@@ -20,6 +20,7 @@ class LayerExperts:
         self, expert_ids: Sequence[int], packed: PackedExperts | PackedInt8Experts, kernels: ExpertKernels
     ) -> None:
         self.expert_ids = tuple(expert_ids)
+        self.is_fused = kernels.is_fused(packed)
         self._compute: dict[bool, Callable[..., Tensor]]
         if isinstance(packed, PackedInt8Experts):
             self._compute = {

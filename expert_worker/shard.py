@@ -48,6 +48,7 @@ class Shard:
         self._source: ShardSource | None = None
         self._experts: dict[Expert, PackedExperts | PackedInt8Experts] = {}
         self._num_bytes: dict[Expert, int] = {}
+        self._is_fused = False
         self.loaded_bytes = 0
 
     @property
@@ -85,13 +86,16 @@ class Shard:
                 self._num_bytes[expert] = reader.num_bytes(expert)
                 self.loaded_bytes += self._num_bytes[expert]
                 on_progress(self.loaded_bytes, total)
-        return {layer_id: self._layer(layer_id, own) for layer_id, own in experts.items()}
+        layers = {layer_id: self._layer(layer_id, own) for layer_id, own in experts.items()}
+        held = [layer for layer in layers.values() if layer.num_local_experts]
+        self._is_fused = bool(held) and all(layer.is_fused for layer in held)
+        return layers
 
     def describe_grouped_matmul(self) -> str:
         """How the experts of a layer are run where fused calls are allowed, and why."""
         is_int8 = any(isinstance(packed, PackedInt8Experts) for packed in self._experts.values())
         name = "W8A8" if is_int8 else self._source.dtype if self._source is not None else "nothing"
-        if name in self._kernels.fused_formats():
+        if self._is_fused:
             return f"one fused call for all experts of a layer: there is a kernel for {name}"
         return f"one product after another for each expert: there is no fused kernel for {name} here"
 
@@ -104,7 +108,11 @@ class Shard:
                 f"layer {layer_id} has {len(floats)} experts in floating point and {len(int8s)} in int8 "
                 f"on this worker, but all experts of a layer must be of one type"
             )
-        packed = PackedInt8Experts.joined(int8s) if int8s else PackedExperts.joined(floats)
+        packed: PackedExperts | PackedInt8Experts
+        packed = self._kernels.join_int8(int8s) if int8s else self._kernels.join(floats)
+        each: Iterator[PackedExperts | PackedInt8Experts] = packed.each()
+        for expert, one in zip(own, each, strict=True):
+            self._experts[layer_id, expert] = one
         return LayerExperts(own, packed, self._kernels)
 
     def _let_go(self, wanted: set[Expert]) -> None:

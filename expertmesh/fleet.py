@@ -19,6 +19,7 @@ from common.errors import CheckpointError, ConfigError, ControlError
 from common.preflight import require
 from expertmesh.preflight import together_here
 from expertmesh.processes import OnLine, Processes, Service, new_token
+from expertmesh.visible_devices import one_for_each
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +124,11 @@ class Fleet:
             )
         environment = {**settings.environment(), TOKEN_VARIABLE: new_token(), RANK_TABLE_VARIABLE: ""}
         self._processes = Processes(on_line, environment)
+        try:
+            self._devices = one_for_each(config.device, self._processes.environment, 1 + self._num_workers)
+        except ConfigError:
+            self._folder.cleanup()
+            raise
         self._router: Service | None = None
         self._keepers: list[asyncio.Task[None]] = []
         self._is_ready = False
@@ -147,10 +153,14 @@ class Fleet:
         Raises:
             ServiceEnded: the router could not start.
         """
-        self._router = await self._processes.start("router", "router", "--config", self._config)
+        self._router = await self._processes.start(
+            "router", "router", "--config", self._config, environment=self._devices[0]
+        )
         addresses = Addresses.parse(await self._router_line("listening"))
         self._keepers = [
-            asyncio.create_task(self._keep_worker(f"worker-{index}", addresses.fleet))
+            asyncio.create_task(
+                self._keep_worker(f"worker-{index}", addresses.fleet, self._devices[1 + index])
+            )
             for index in range(self._num_workers)
         ]
         return addresses
@@ -202,14 +212,14 @@ class Fleet:
                 return line
         raise ServiceEnded(self._router, await self._router.wait())
 
-    async def _keep_worker(self, name: str, fleet_address: str) -> None:
+    async def _keep_worker(self, name: str, fleet_address: str, device: dict[str, str]) -> None:
         """Run one worker, again and again once the fleet serves; before that its end is an error."""
         clock = asyncio.get_running_loop()
         delay_s = FIRST_RESTART_DELAY_S
         while True:
             started = clock.time()
             arguments = ["--config", str(self._config), "--router", fleet_address, "--worker-id", name]
-            worker = await self._processes.start(name, "expert_worker", *arguments)
+            worker = await self._processes.start(name, "expert_worker", *arguments, environment=device)
             await _drain(worker)
             status = await worker.wait()
             if not self._is_ready:

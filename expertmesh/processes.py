@@ -109,7 +109,7 @@ class Processes:
     def __init__(self, on_line: OnLine, environment: Mapping[str, str] | None = None) -> None:
         """`environment` is what every service gets beside this process's own variables."""
         self._on_line = on_line
-        self._environment = {**os.environ, **(environment or {})}
+        self.environment = {**os.environ, **(environment or {})}
         self._services: dict[str, Service] = {}
         self._lifeline, self._held_end = os.pipe()
 
@@ -121,9 +121,12 @@ class Processes:
     ) -> None:
         await self.stop()
 
-    async def start(self, name: str, module: str, *arguments: str | Path) -> Service:
+    async def start(
+        self, name: str, module: str, *arguments: str | Path, environment: Mapping[str, str] | None = None
+    ) -> Service:
         """Start `python -m module ARGUMENTS --lifeline-fd N` in its own session.
 
+        `environment` is what it gets beside that of all services.
         In its own session, so that Ctrl-C on a terminal reaches this process only; it ends the others.
         """
         command = [sys.executable, "-m", module, *map(str, arguments), "--lifeline-fd", str(self._lifeline)]
@@ -132,7 +135,7 @@ class Processes:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            env=self._environment,
+            env={**self.environment, **(environment or {})},
             pass_fds=(self._lifeline,),
             start_new_session=True,
             limit=MAX_LINE_BYTES,

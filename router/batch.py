@@ -52,7 +52,8 @@ class Batch:
         prefills: runs of prompt tokens.
         decode_rows: [N] int64, rows that attend on the decode path.
         block_tables: [N, most blocks of any of them] int64, padded with block 0.
-        context_lens: [N] int64, keys each of them sees, itself included.
+        context_lens: [N] int64 on the CPU, keys each of them sees, itself included: some devices want them as
+            arguments, and asking for them in every layer would stop the device each time.
         logits_rows: [B] int64, rows whose logits give a token, in the order of the plan.
     """
 
@@ -112,7 +113,7 @@ def build_batch(plan: Plan, block_size: int, device: torch.device | str, micro_b
         prefills=tuple(prefills),
         decode_rows=tensor(decode_rows),
         block_tables=tensor(_padded(tables)).reshape(len(tables), -1 if tables else 0),
-        context_lens=tensor(context_lens),
+        context_lens=torch.tensor(context_lens, dtype=torch.int64),
         logits_rows=tensor(logits_rows),
     )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from common import process_group
-from common.device import find_device, free_memory
+from common.device import find_device, free_memory, open_device
 from common.errors import ConfigError
 from common.exchange.loopback import LoopbackExchange
 from common.exchange.routing import RowShape
@@ -94,7 +94,7 @@ def load(
     torch.set_float32_matmul_precision("highest")
     config = ModelConfig.from_directory(Path(configure.model_path))
     dtype = resolve_dtype(config, configure.dtype)
-    device = torch.device(configure.device)
+    device = open_device(configure.device)
     tune = Tune(**configure.tune)
     cache_size = size_cache(configure, tune, config, dtype.itemsize)
     limits = _limits(configure, tune, cache_size)
@@ -125,7 +125,11 @@ def load(
         progress.begin_part()
         engine.adopt(_experts_in_process(configure, config, shape, progress))
     else:
-        end = RouterEnd(shape, configure.term, tune.deadline_floor_s, ask_progress, timeline)
+        end = RouterEnd(
+            shape,
+            *(configure.term, tune.deadline_floor_s, ask_progress, timeline),
+            *(config.n_routed_experts, tune.max_prefill_tokens),
+        )
         connector = Connector(configure.exchange, address, end, deliver)
     send(
         Loaded(
@@ -158,8 +162,8 @@ def size_cache(configure: Configure, tune: Tune, config: ModelConfig, item_bytes
     )
     if found.num_blocks < 1:
         raise ConfigError(
-            f"{configure.kv_cache_bytes} bytes for the KV cache hold no block of {block_size} "
-            f"tokens, which takes {found.bytes_per_block}: raise cpuMemSize or lower the block size"
+            f"{configure.kv_cache_bytes} bytes for the KV cache hold no block of {block_size} tokens, which "
+            f"takes {found.bytes_per_block}: raise cpuMemSize, on an NPU npuMemSize, or lower the block size"
         )
     if configure.max_seq_len is not None and configure.max_seq_len > found.max_seq_len:
         logger.warning(

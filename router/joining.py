@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
 
 from common.errors import LinkError
 from common.exchange.collective import CollectiveRouterExchange, join_group
@@ -12,10 +15,13 @@ from common.exchange.link_choice import Meeting, join_worker
 from common.exchange.links import LinksRouterExchange
 from common.exchange.message_link import MessageLink
 from common.exchange.routing import RowShape
+from common.npu_limits import ExchangeShape, choose_exchange, generation_of
 from common.placement import Placement
 from common.process_group import StoreServer
 from common.timeline import Timeline
 from router.messages import Connect
+
+logger = logging.getLogger(__name__)
 
 LEAST_WAIT_S = 0.5
 """What the last worker at its address gets, however long the others took."""
@@ -56,6 +62,8 @@ class RouterEnd:
         floor_s: shortest time a worker is given to answer.
         ask_progress: a worker's progress by ep_rank, or None.
         timeline: where the exchange records what it does, or None.
+        n_routed_experts: of the checkpoint.
+        most_tokens: of a step.
     """
 
     shape: RowShape
@@ -63,6 +71,8 @@ class RouterEnd:
     floor_s: float
     ask_progress: Callable[[int], int | None]
     timeline: Timeline | None
+    n_routed_experts: int
+    most_tokens: int
 
 
 def join_links(message: Connect, address: LinkAddress, end: RouterEnd) -> LinksRouterExchange:
@@ -113,6 +123,8 @@ def join_one_group(message: Connect, address: LinkAddress, end: RouterEnd) -> Co
         )
     except LinkError as error:
         raise MemberMissing(-1, error) from error
+    if address.backend == "hccl":
+        _say_what_carries_rows(len(message.members), end)
     return CollectiveRouterExchange(
         group,
         _names(message),
@@ -124,6 +136,19 @@ def join_one_group(message: Connect, address: LinkAddress, end: RouterEnd) -> Co
         end.ask_progress,
         end.timeline,
     )
+
+
+def _say_what_carries_rows(num_workers: int, end: RouterEnd) -> None:
+    shape = ExchangeShape(
+        generation_of(torch.get_device_module("npu").get_device_name()),
+        num_workers,
+        end.n_routed_experts,
+        end.shape.num_experts_per_tok,
+        end.shape.hidden_size,
+        end.most_tokens,
+    )
+    choice = choose_exchange(shape)
+    logger.info("at ep_level 2 rows travel by %s: %s", choice.operator, "; ".join(choice.reasons))
 
 
 JOIN: dict[str, Callable[[Connect, LinkAddress, RouterEnd], EpochExchange]] = {

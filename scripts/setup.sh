@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Creates the virtual environment $1 and installs expertmesh with its development tools into it.
-# Reads PYTHON and TORCH_INDEX_URL (see Makefile). Safe to run again at any time.
+# Reads PYTHON and TORCH_INDEX_URL (see Makefile), and EXTRAS: of pyproject.toml, default dev. Safe to run again at any time.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -57,8 +57,9 @@ if [[ ! -x $venv/bin/python ]]; then
 fi
 is_new_enough "$venv/bin/python" || die "$venv was made with a Python older than 3.11; remove it with: make clean"
 install_torch
-say "installing expertmesh and its development tools"
-install --editable '.[dev]' || die "pip could not install the dependencies of pyproject.toml; its last lines above say why"
+extras=${EXTRAS:-dev}
+say "installing expertmesh with [$extras]"
+install --editable ".[$extras]" || die "pip could not install the dependencies of pyproject.toml; its last lines above say why"
 # pip shows nothing of a build that succeeds, and this one succeeds without the kernel.
 [[ -e common/native/kernels.so ]] || say "the native kernels were not built, and models run more slowly without it:" \
   "install g++ or clang++, or name a compiler in CXX, then: make clean setup"

@@ -92,6 +92,7 @@ TORCH_FREE = (
         "common/mindie_tls",
         "common/model_config",
         "common/not_built",
+        "common/npu_limits",
         "common/own_address",
         "common/placement",
         "common/section",

@@ -23,8 +23,8 @@ from common.exchange import collective_message as message
 from common.exchange.arrival import Arrival
 from common.exchange.collective_group import CollectiveGroup, PendingCollective
 from common.exchange.inbox import Inbox
-from common.exchange.routing import RowShape
-from common.exchange.token_passes import TokenPasses
+from common.exchange.routing import RowShape, expand_rows
+from common.exchange.token_passes import ExpandRows, TokenPasses
 from common.process_group import release
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ class _Router:
     group: CollectiveGroup
     shape: RowShape
     experts: Mapping[int, tuple[int, ...]]
+    expand: ExpandRows
     step: StepHeader | None = None
     capacity: int = 0
     is_dropped: bool = False
@@ -60,9 +61,13 @@ class _Router:
 class CollectiveExpertExchange:
     """An ExpertExchange over groups; a group that fails is dropped, those of other routers go on."""
 
-    def __init__(self, on_closed: Callable[[int, int, str], None]) -> None:
-        """Call `on_closed(term, epoch, reason)` from a receive thread when a group ended by itself."""
+    def __init__(self, on_closed: Callable[[int, int, str], None], expand: ExpandRows = expand_rows) -> None:
+        """Call `on_closed(term, epoch, reason)` from a receive thread when a group ended by itself.
+
+        `expand` picks a worker's rows from all tokens, as common.exchange.routing.expand_rows does.
+        """
         self._on_closed = on_closed
+        self._expand = expand
         self._arrivals: Inbox[_Arrival] = Inbox()
         self._routers: list[_Router] = []
         self._lock = threading.Lock()
@@ -82,7 +87,7 @@ class CollectiveExpertExchange:
         with self._lock:
             if self._is_closed:
                 raise LinkError("the exchange is closed: no router can be added")
-            router = _Router(self._count, term, epoch, incarnation, group, shape, experts)
+            router = _Router(self._count, term, epoch, incarnation, group, shape, experts, self._expand)
             self._count += 1
             self._routers.append(router)
         threading.Thread(
@@ -112,8 +117,10 @@ class CollectiveExpertExchange:
         if body is None:
             self._arrivals.put_back(arrival)
             return
-        reply = torch.empty(num_words, dtype=torch.int64, device=router.group.device)
+        # Packed where the body is: sums in float64 are not where the group's tensors are.
+        reply = torch.empty(num_words, dtype=torch.int64, device=body.device)
         wire.pack(reply.view(torch.uint8), arrival.header, body)
+        reply = reply.to(router.group.device)
         with router.lock:
             arrival.reply = reply
             try:
@@ -197,9 +204,10 @@ def _receive_body(router: _Router, header: wire.Header, counts: Tensor) -> _Arri
     router.group.dispatch.broadcast(body).wait()
     received_ns = time.monotonic_ns()
     keys, weights, hidden_states = message.unpack_tokens(body, header.num_tokens, shape)
+    keys, weights = keys.to(router.group.sums), weights.to(router.group.sums)
     checks.check_slot_keys(keys)
     pass_rows = step.pass_rows if step is not None else 0
-    passes = TokenPasses(hidden_states, keys, weights, header.first_key, num_local, pass_rows)
+    passes = TokenPasses(hidden_states, keys, weights, header.first_key, num_local, pass_rows, router.expand)
     return _Arrival(header, None, None, None, passes, received_ns, router=router)
 
 

@@ -1,11 +1,13 @@
 """Groups of one router and all of its expert workers: rank 0 is the router, rank 1 + ep_rank a worker.
 
-NCCL and HCCL groups are made the way torch and torch_npu make theirs, but have never run: only Gloo has.
+NCCL groups are made the way torch makes its own, but have never run. HCCL groups have run with the real
+torch_npu on a fake HCCL (docs/npu.md), never on NPUs.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +28,10 @@ logger = logging.getLogger(__name__)
 GOODBYE_S = 1.0
 
 LEAST_WAIT_S = 0.001
+POLL_S = 0.0001
+HCCL_BUFFER_MB = 200
+"""Of each HCCL group, twice: CANN's own default, said here so that HCCL_BUFFSIZE, which may be set for other
+groups of the process, does not decide how much device memory the lanes take."""
 
 
 class PendingCollective:
@@ -42,20 +48,31 @@ class PendingCollective:
         return bool(self._work.is_completed())
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Wait for the end; None: until the limit of its lane. On Gloo an expired wait may be repeated.
+        """Wait for the end; None: until the limit of its lane. An expired wait may be repeated.
 
         Raises:
             LinkError: a rank is gone, or the time passed.
         """
         try:
-            if timeout_s is None:
+            if not self._waits_on_host:
+                self._wait_for_device(timeout_s)
+            elif timeout_s is None:
                 self._work.wait()
             else:
                 self._work.wait(timedelta(seconds=max(timeout_s, LEAST_WAIT_S)))
         except RuntimeError as error:
             raise LinkError(f"the group failed: {first_line(error)}") from error
-        if not self._waits_on_host:
-            torch.accelerator.current_stream(self._tensors[0].device).synchronize()
+
+    def _wait_for_device(self, timeout_s: float | None) -> None:
+        # Asked again and again, because each way to wait costs something else: the libraries end the process
+        # when a wait of theirs expires, and a stream that waits holds up what is on it. Streams are few and
+        # shared, so that even one that was asked for just now may be another group's.
+        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while not self._work.is_completed():
+            if time.monotonic() > deadline:
+                raise LinkError(f"the group failed: nothing came within {timeout_s:.1f} s")
+            time.sleep(POLL_S)
+        self._work.wait()  # at once, and raises what went wrong
 
 
 class Lane:
@@ -98,9 +115,10 @@ class Lane:
         return self._begin(lambda group: group.broadcast([tensor], options), tensor)
 
     def limit(self, timeout: timedelta) -> None:
-        """Let every later collective fail after this time."""
-        with self._lock:
-            self._open_group()._set_default_timeout(timeout)
+        """Let every later collective fail after this time; on a device none does, see `wait`."""
+        if self._waits_on_host:
+            with self._lock:
+                self._open_group()._set_default_timeout(timeout)
 
     def close(self) -> None:
         """Drop the group from a thread of its own: Gloo blocks there until what was begun has ended."""
@@ -143,6 +161,7 @@ class CollectiveGroup:
         combine: replies; a lane of its own because a worker takes the next rows while it computes a reply.
         size: ranks of every lane.
         device: where the tensors of dispatch and combine must be; those of metadata are on the CPU.
+        sums: where sums in float64 are made.
     """
 
     metadata: Lane
@@ -150,6 +169,7 @@ class CollectiveGroup:
     combine: Lane
     size: int
     device: torch.device
+    sums: torch.device
 
     def limit(self, timeout_s: float) -> None:
         """Let every later collective fail after this time."""
@@ -200,8 +220,14 @@ def _open_nccl(store: dist.Store, rank: int, size: int, timeout: timedelta, data
 def _open_hccl(store: dist.Store, rank: int, size: int, timeout: timedelta, data_address: str) -> Any:
     hccl: Any = import_module("torch_npu")._C._distributed_c10d.ProcessGroupHCCL  # likewise HCCL_IF_IP
     options = hccl.Options()
-    options._timeout = timeout
+    # The watchdog takes the process down when a collective takes longer. Deadlines are ours: see `wait`.
+    options._timeout = IDLE
+    options.hccl_config = {"hccl_buffer_size": HCCL_BUFFER_MB}
     return hccl(store, rank, size, options)
+
+
+def _hccl_name(group: Any, rank: int) -> str:
+    return str(group.get_hccl_comm_name(rank))
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,19 +235,23 @@ class _Backend:
     """One collective library.
 
     Attributes:
+        name_of: how the library's own log calls a group; where it has names.
         device: where the tensors of its collectives must be.
         waits_on_host: False where `wait` only makes the current stream wait.
+        sums: where float64 exists; torch_npu computes float32 instead, without an error.
     """
 
     open: _Opener
     device: str
     waits_on_host: bool
+    sums: str
+    name_of: Callable[[Any, int], str] | None = None
 
 
 _BACKENDS = {
-    "gloo": _Backend(_open_gloo, "cpu", True),
-    "nccl": _Backend(_open_nccl, "cuda", False),
-    "hccl": _Backend(_open_hccl, "npu", False),
+    "gloo": _Backend(_open_gloo, "cpu", True, "cpu"),
+    "nccl": _Backend(_open_nccl, "cuda", False, "cuda"),
+    "hccl": _Backend(_open_hccl, "npu", False, "cpu", _hccl_name),
 }
 
 
@@ -238,7 +268,7 @@ def join_group(
     """Join the group `prefix` of `size` ranks; rank 0 deletes its keys from the store once all are up.
 
     Args:
-        backend: gloo, nccl or hccl; the last two have never run.
+        backend: gloo, nccl or hccl.
 
     Raises:
         LinkError: the store or a rank was not there within timeout_s, or this torch lacks the backend.
@@ -254,11 +284,17 @@ def join_group(
         store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=left())
         for name, kind in (("metadata", _BACKENDS["gloo"]), ("dispatch", rows), ("combine", rows)):
             scoped = dist.PrefixStore(f"{prefix}/{name}", store)
-            lane = Lane(kind.open(scoped, rank, size, left(), data_address), size, kind.waits_on_host)
+            group = kind.open(scoped, rank, size, left(), data_address)
+            lane = Lane(group, size, kind.waits_on_host)
             lanes.append(lane)
             lane.limit(left())
-            _meet(lane, rank, size, kind.device)
+            _meet(lane, rank, size, kind.device, left().total_seconds())
             lane.limit(IDLE)
+            if kind.name_of is not None:
+                logger.info(
+                    "rank %d of %d: the group for %s is %s", rank, size, name, kind.name_of(group, rank)
+                )
+            del group  # a lane that is closed must be the last to hold it
         if rank == 0:
             delete_keys(store, prefix)
     except (ImportError, AttributeError, OSError, RuntimeError, LinkError) as error:
@@ -270,14 +306,16 @@ def join_group(
         ) from error
     calm_loop_threads()
     metadata, dispatch, combine = lanes
-    return CollectiveGroup(metadata, dispatch, combine, size, torch.device(rows.device))
+    return CollectiveGroup(
+        metadata, dispatch, combine, size, torch.device(rows.device), torch.device(rows.sums)
+    )
 
 
-def _meet(lane: Lane, rank: int, size: int, device: str) -> None:
+def _meet(lane: Lane, rank: int, size: int, device: str, timeout_s: float) -> None:
     # Once rank 0 has heard from everybody, nobody needs the store any more. NCCL connects only here.
     words = torch.zeros(size - 1 if rank == 0 else 1, dtype=torch.int64, device=device)
     met = lane.send(words) if rank else lane.gather(words, [1] * (size - 1))
-    met.wait()
+    met.wait(timeout_s)
 
 
 def _nothing_like(tensor: Tensor) -> Tensor:

@@ -158,9 +158,11 @@ class CollectiveRouterExchange:
             raise MessageError("dispatch was called before begin: announce the step first")
         start_ns = time.monotonic_ns()
         num_tokens = hidden_states.shape[0]
-        flight = _InFlight(layer_id, micro_batch, num_tokens, topk_weights, hidden_states[:0])
+        weights = topk_weights.to(self._group.sums)
+        flight = _InFlight(layer_id, micro_batch, num_tokens, weights, hidden_states[:0])
         try:
-            keys = self._slots.place(layer_id, micro_batch, topk_ids)
+            # Sizes are the host's to know: sorting there costs one transfer of a few numbers per token.
+            keys = self._slots.place(layer_id, micro_batch, topk_ids.cpu())
             if step.ep_level == ALL_GATHER and num_tokens:
                 self._dispatch_tokens(step, flight, hidden_states, keys)
             elif num_tokens:
@@ -191,6 +193,7 @@ class CollectiveRouterExchange:
             combined = sum_partials(dispatched.partials)
         else:  # no tokens, so that nobody was asked
             combined = torch.zeros(dispatched.num_tokens, self._shape.hidden_size)
+        combined = combined.to(self._group.device)
         self._record("combine", start_ns, dispatched.layer_id)
         return combined
 
@@ -241,9 +244,10 @@ class CollectiveRouterExchange:
         sorted_rows = sort_rows(slot_keys, table)
         count_extra_rounds(self.extra, step, sorted_rows)
         quantizer = self._shape.quantizer(flight.layer_id)
-        sent = gather_rows(hidden_states, sorted_rows.token_of, quantizer).to(self._group.device)
+        token_of = sorted_rows.token_of.to(hidden_states.device)
+        sent = gather_rows(hidden_states, token_of, quantizer).to(self._group.device)
         flight.sorted_rows = sorted_rows
-        flight.output = sent.rows.new_empty(sent.rows.shape, dtype=self._shape.dtype)
+        flight.output = torch.empty(sent.rows.shape, dtype=self._shape.dtype, device=self._group.sums)
         rounds = cut_rounds(sorted_rows, self._message_rows)
         for index, one in enumerate(rounds):
             headers = self._rows_headers(step, flight)
@@ -289,7 +293,8 @@ class CollectiveRouterExchange:
             return
         if error is not None:
             raise self._broken(error, "combine", layer_id) from error
-        for ep_rank, words in enumerate(request.buffer.split(request.words)):
+        replies = request.buffer.to(self._group.sums)
+        for ep_rank, words in enumerate(replies.split(request.words)):
             try:
                 self._accept(request, ep_rank, words.view(torch.uint8), arrived_ns)
             except MessageError as error:

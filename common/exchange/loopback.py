@@ -66,9 +66,10 @@ class LoopbackExchange:
         """Sort the rows: hidden_states [T, D], topk_ids and topk_weights [T, K]."""
         self._check_open()
         table = self._tables[layer_id]
-        sorted_rows = sort_rows(place_slots(topk_ids, table), table)
+        # Rows are sorted and summed on the host: not every device has float64.
+        sorted_rows = sort_rows(place_slots(topk_ids.cpu(), table), table)
         return _Waiting(
-            layer_id, micro_batch, hidden_states.shape[0], hidden_states, sorted_rows, topk_weights
+            layer_id, micro_batch, hidden_states.shape[0], hidden_states, sorted_rows, topk_weights.cpu()
         )
 
     def combine(self, dispatched: Dispatched) -> Tensor:
@@ -77,12 +78,13 @@ class LoopbackExchange:
         if not isinstance(dispatched, _Waiting):
             raise LinkError("these rows were dispatched by another exchange: combine them there")
         sorted_rows = dispatched.sorted_rows
-        layer_id = dispatched.layer_id
+        layer_id, hidden_states = dispatched.layer_id, dispatched.hidden_states
         quantize = self._quantize_rows if layer_id in self._int8_layers else None
-        sent = gather_rows(dispatched.hidden_states, sorted_rows.token_of, quantize)
+        sent = gather_rows(hidden_states, sorted_rows.token_of.to(hidden_states.device), quantize)
         counts = sorted_rows.counts[0, : self._num_local[layer_id]]
         output = self._compute(layer_id, sent.rows, sent.scales, counts, self._is_grouped)
-        return weighted_sum(output, sorted_rows.position_of, dispatched.topk_weights)
+        combined = weighted_sum(output.cpu(), sorted_rows.position_of, dispatched.topk_weights)
+        return combined.to(hidden_states.device)
 
     def close(self) -> None:
         """Refuse further steps."""

@@ -200,7 +200,7 @@ def expand_rows(
     position_of = torch.full_like(keys, num_rows)
     position_of[order] = torch.arange(num_rows)
     weights = torch.where(local < num_local, topk_weights, 0.0)
-    rows = hidden.index_select(0, order // max(slot_keys.shape[1], 1))
+    rows = hidden.index_select(0, (order // max(slot_keys.shape[1], 1)).to(hidden.device))
     return LocalRows(rows, counts, position_of.view(slot_keys.shape), weights)
 
 

@@ -29,8 +29,8 @@ class SlotTables:
         return max((table.most_local for table in self.tables.values()), default=1)
 
     def begin(self, origins: Sequence[RowOrigins]) -> None:
-        """Take the origins of the next step's micro-batches."""
-        self._origins = origins
+        """Take the origins of the next step's micro-batches, to the host that sorts by them."""
+        self._origins = [RowOrigins(one.request_keys.cpu(), one.positions.cpu()) for one in origins]
 
     def table(self, layer_id: int) -> LayerTable:
         """The table of a layer. Raises MessageError where it has none."""

@@ -5,10 +5,14 @@ Shapes: T tokens, K experts per token, R rows of a pass, D hidden_size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from common.exchange.routing import LocalRows, expand_rows, local_of, partial_sum
+
+ExpandRows = Callable[[Tensor, Tensor, Tensor, int, int], LocalRows]
 
 
 class TokenPasses:
@@ -26,24 +30,27 @@ class TokenPasses:
         first_key: int,
         num_local: int,
         pass_rows: int,
+        expand: ExpandRows = expand_rows,
     ) -> None:
         """Take all tokens of a router.
 
         Args:
             hidden_states: [T, D].
-            slot_keys: [T, K], as place_slots made them.
-            topk_weights: [T, K] float32.
+            slot_keys: [T, K], as place_slots made them, where sums are to be made.
+            topk_weights: [T, K] float32, there too.
             first_key: the key of the worker's first expert in the layer.
             num_local: its experts there.
             pass_rows: most rows of a pass, at least K; 0 takes all at once.
+            expand: picks the rows, as expand_rows does.
         """
+        self._expand = expand
         self._hidden_states, self._slot_keys, self._topk_weights = hidden_states, slot_keys, topk_weights
         self._first_key, self._num_local = first_key, num_local
         num_rows = (local_of(slot_keys, first_key, num_local) < num_local).sum(dim=1)
         self._spans = cut_tokens(num_rows, pass_rows)
         self._index = 0
         self._local: LocalRows | None = None
-        self.total = torch.zeros(hidden_states.shape, dtype=torch.float64, device=hidden_states.device)
+        self.total = torch.zeros(hidden_states.shape, dtype=torch.float64, device=slot_keys.device)
 
     @property
     def num_passes(self) -> int:
@@ -53,7 +60,7 @@ class TokenPasses:
     def expand(self) -> LocalRows:
         """The rows of the pass that is due."""
         begin, end = self._spans[self._index]
-        self._local = expand_rows(
+        self._local = self._expand(
             self._hidden_states[begin:end],
             self._slot_keys[begin:end],
             self._topk_weights[begin:end],
@@ -66,7 +73,7 @@ class TokenPasses:
         """Add what the experts made of the rows, [R, D]; whether `total` [T, D] float64 is complete."""
         begin, end = self._spans[self._index]
         if self._local is not None:
-            self.total[begin:end] = partial_sum(output, self._local)
+            self.total[begin:end] = partial_sum(output.to(self.total.device), self._local)
         self._local = None
         self._index += 1
         return self._index == len(self._spans)

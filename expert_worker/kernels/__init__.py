@@ -1,11 +1,11 @@
 """The operations an expert worker needs from its device. A device is a module that has them all.
 
-Shapes: R rows, E_local local experts, D hidden_size, F moe_intermediate_size.
+Shapes: R rows, E_local local experts, T tokens, K experts per token, D hidden_size, F moe_intermediate_size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol, cast
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from common.device import find_device
 from common.errors import ConfigError
+from common.exchange.routing import LocalRows
 from common.int8_reference import PackedInt8
 from common.quantization.w8a8 import Int8Weight
 
@@ -31,13 +32,10 @@ class PackedExperts:
     gate_up: tuple[Tensor, ...]
     down: tuple[Tensor, ...]
 
-    @staticmethod
-    def joined(parts: Sequence[PackedExperts]) -> PackedExperts:
-        """Return the experts of all parts, one part after the other."""
-        return PackedExperts(
-            tuple(one for part in parts for one in part.gate_up),
-            tuple(one for part in parts for one in part.down),
-        )
+    def each(self) -> Iterator[PackedExperts]:
+        """Yield every expert as a part that can be joined with others again."""
+        for gate_up, down in zip(self.gate_up, self.down, strict=True):
+            yield PackedExperts((gate_up,), (down,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +52,10 @@ class PackedInt8Experts:
     down: tuple[PackedInt8, ...]
     dtype: torch.dtype
 
-    @staticmethod
-    def joined(parts: Sequence[PackedInt8Experts]) -> PackedInt8Experts:
-        """Return the experts of all parts, of which there is one at least, one part after the other."""
-        return PackedInt8Experts(
-            tuple(one for part in parts for one in part.gate_up),
-            tuple(one for part in parts for one in part.down),
-            parts[0].dtype,
-        )
+    def each(self) -> Iterator[PackedInt8Experts]:
+        """Yield every expert as a part that can be joined with others again."""
+        for gate_up, down in zip(self.gate_up, self.down, strict=True):
+            yield PackedInt8Experts((gate_up,), (down,), self.dtype)
 
 
 class ExpertKernels(Protocol):
@@ -74,6 +68,12 @@ class ExpertKernels(Protocol):
 
         Nothing of gate_proj and up_proj is kept, down_proj may be: with iterators that read one expert at a
         time, no more than one expert exists twice.
+        """
+
+    def join(self, parts: Sequence[PackedExperts]) -> PackedExperts:
+        """Put all parts' experts one after another, as `experts` takes them; there is one part at least.
+
+        What `each` of the result yields takes the place of the parts: the weights may have been moved.
         """
 
     def experts(
@@ -106,6 +106,9 @@ class ExpertKernels(Protocol):
     ) -> PackedInt8Experts:
         """Lay out the int8 weights of a layer's experts, as `pack` does; results have the dtype `dtype`."""
 
+    def join_int8(self, parts: Sequence[PackedInt8Experts]) -> PackedInt8Experts:
+        """Put all parts' experts one after another, as `join` does."""
+
     def int8_experts(
         self,
         rows: Tensor,
@@ -128,8 +131,18 @@ class ExpertKernels(Protocol):
             [R, D] in the dtype of `packed`, rounded once from float32.
         """
 
-    def fused_formats(self) -> tuple[str, ...]:
-        """The formats ("W8A8") for which one call runs all experts of a layer; others take one each."""
+    def expand_rows(
+        self, hidden: Tensor, slot_keys: Tensor, topk_weights: Tensor, first_key: int, num_local: int
+    ) -> LocalRows:
+        """Pick the rows of a worker's own experts from all tokens, as expand_rows of the exchange does.
+
+        Args:
+            hidden: [T, D] on the device.
+            slot_keys: [T, K] int64 and topk_weights: [T, K] float32, where sums are made.
+        """
+
+    def is_fused(self, packed: PackedExperts | PackedInt8Experts) -> bool:
+        """Whether one call runs all experts of `packed`, which `join` or `join_int8` returned."""
 
 
 def load_kernels(device: str) -> ExpertKernels:

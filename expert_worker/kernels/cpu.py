@@ -14,9 +14,18 @@ from common import int8_rows
 from common.quantization.w8a8 import Int8Weight
 from common.rows import linear, swiglu
 from expert_worker.kernels import PackedExperts, PackedInt8Experts
-from expert_worker.kernels.reference import pack
+from expert_worker.kernels.reference import expand_rows, join, join_int8, pack
 
-__all__ = ["experts", "fused_formats", "int8_experts", "pack", "pack_int8"]
+__all__ = [
+    "expand_rows",
+    "experts",
+    "int8_experts",
+    "is_fused",
+    "join",
+    "join_int8",
+    "pack",
+    "pack_int8",
+]
 
 
 def experts(
@@ -93,6 +102,6 @@ def int8_experts(
     return output
 
 
-def fused_formats() -> tuple[str, ...]:
-    """The formats for which one call runs all experts of a layer."""
-    return ("W8A8",) if int8_rows.has_fused_experts() else ()
+def is_fused(packed: PackedExperts | PackedInt8Experts) -> bool:
+    """Whether one call runs all experts: in int8, by the native kernel."""
+    return isinstance(packed, PackedInt8Experts) and int8_rows.has_fused_experts()

@@ -5,15 +5,27 @@ Shapes: R rows, E_local local experts, D hidden_size, F moe_intermediate_size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from common import int8_reference
+from common.exchange.routing import expand_rows
 from common.quantization.w8a8 import Int8Weight
 from expert_worker.kernels import PackedExperts, PackedInt8Experts
+
+__all__ = [
+    "expand_rows",
+    "experts",
+    "int8_experts",
+    "is_fused",
+    "join",
+    "join_int8",
+    "pack",
+    "pack_int8",
+]
 
 
 def pack(
@@ -26,6 +38,14 @@ def pack(
         gate_up.append(torch.cat([gate, up]))
         down.append(last)
     return PackedExperts(tuple(gate_up), tuple(down))
+
+
+def join(parts: Sequence[PackedExperts]) -> PackedExperts:
+    """Put all parts' experts one after another; nothing is copied."""
+    return PackedExperts(
+        tuple(one for part in parts for one in part.gate_up),
+        tuple(one for part in parts for one in part.down),
+    )
 
 
 def experts(
@@ -69,6 +89,15 @@ def pack_int8(
     return PackedInt8Experts(tuple(gate_up), tuple(down), dtype)
 
 
+def join_int8(parts: Sequence[PackedInt8Experts]) -> PackedInt8Experts:
+    """Put all parts' experts one after another; nothing is copied."""
+    return PackedInt8Experts(
+        tuple(one for part in parts for one in part.gate_up),
+        tuple(one for part in parts for one in part.down),
+        parts[0].dtype,
+    )
+
+
 def int8_experts(
     rows: Tensor,
     row_scales: Tensor | None,
@@ -97,6 +126,6 @@ def int8_experts(
     return output
 
 
-def fused_formats() -> tuple[str, ...]:
-    """The formats for which one call runs all experts of a layer."""
-    return ()
+def is_fused(packed: PackedExperts | PackedInt8Experts) -> bool:
+    """Whether one call runs all experts: never."""
+    return False

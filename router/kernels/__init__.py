@@ -1,7 +1,7 @@
 """The operations the router needs from its device. A device is a module that has them all.
 
 Shapes: T tokens, S keys of a sequence, N tokens on the decode path, H heads, C kv_lora_rank,
-R qk_rope_head_dim, E experts, D hidden_size, F intermediate_size.
+R qk_rope_head_dim, E experts, K experts per token, D hidden_size, F intermediate_size.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from common.device import find_device
 from common.errors import ConfigError
 from common.int8_reference import PackedInt8
+from common.model_config import ModelConfig
 
 
 class RouterKernels(Protocol):
@@ -52,7 +53,7 @@ class RouterKernels(Protocol):
     def int8_mlp(self, x: Tensor, gate_up: PackedInt8, down: PackedInt8) -> Tensor:
         """Run rows through a SwiGLU in int8, [2F, D] and [D, F], quantising twice: [T, D] -> [T, D].
 
-        gate, up and their product stay float32; the result is rounded once, to the dtype of x.
+        gate, up and their product stay float32, on an NPU they have the dtype of x; so has the result.
         """
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -63,6 +64,20 @@ class RouterKernels(Protocol):
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Turn neighbouring pairs by their angle: [T, H, R], 2 x [T, R/2] float32 -> [T, H, R]."""
+
+    def choose_experts(
+        self, logits: Tensor, bias: Tensor | None, config: ModelConfig
+    ) -> tuple[Tensor, Tensor]:
+        """Choose experts by the checkpoint's rules and weigh them.
+
+        Args:
+            logits: [T, E] float32.
+            bias: [E] float32, what the choice is corrected by where topk_method is noaux_tc.
+            config: says the rules.
+
+        Returns:
+            [T, K] int64, experts distinct within a row; [T, K] float32.
+        """
 
     def store_latents(self, cache: Tensor, slot_mapping: Tensor, kv_c: Tensor, k_pe: Tensor) -> None:
         """Write rows to their slots: [blocks, block_size, C + R], [T] int64, [T, C], [T, R]."""
@@ -103,7 +118,7 @@ class RouterKernels(Protocol):
             q_pe: [N, H, R].
             cache: [blocks, block_size, C + R]; slots of no token may hold anything.
             block_tables: [N, most blocks of any query] int64, padded with any valid block.
-            context_lens: [N] int64, keys each query sees, at least 1.
+            context_lens: [N] int64 on the CPU, keys each query sees, at least 1.
             scale: what scores are multiplied with.
 
         Returns:

@@ -20,9 +20,11 @@ from common.int8_rows import (
 from common.native_floats import installed
 from common.rows import linear
 from router.kernels import reference, tiled_attention
+from router.kernels.gate import choose_experts
 from router.kernels.reference import gather_latents
 
 __all__ = [
+    "choose_experts",
     "decode_attention",
     "gate_logits",
     "gather_latents",

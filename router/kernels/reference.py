@@ -18,8 +18,10 @@ from common.int8_reference import (
     quantize_rows_static,
     quantizing_linear,
 )
+from router.kernels.gate import choose_experts
 
 __all__ = [
+    "choose_experts",
     "decode_attention",
     "gate_logits",
     "gather_latents",

@@ -8,7 +8,7 @@ H heads, C kv_lora_rank, R qk_rope_head_dim, S tokens of a sequence, N tokens th
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from common.exchange import RouterExchange
 from common.model_config import ModelConfig
-from common.rows import row_sum, softmax
 from router.batch import Batch, PrefillSpan
 from router.kernels import RouterKernels
 from router.model.latent_cache import LatentCache
@@ -30,73 +29,7 @@ LATENT_NORM_EPS = 1e-6
 """DeepSeek's code gives the norms inside attention this value, whatever rms_norm_eps says."""
 
 
-# -------------------------------------------------------------------------------- which experts, and how much
-
-
-def sigmoid(logits: Tensor) -> Tensor:  # [T, E] -> [T, E]
-    """Score every expert for itself."""
-    # Not torch.sigmoid: on a CPU it rounds the last elements of a tensor in another way than the others.
-    return 1 / (1 + torch.exp(-logits))
-
-
-def greedy(scores: Tensor, bias: Tensor | None, config: ModelConfig) -> Tensor:  # [T, E] -> [T, K]
-    """Take the best experts, wherever they are."""
-    return scores.topk(config.num_experts_per_tok, dim=-1).indices
-
-
-def group_limited_greedy(
-    scores: Tensor, bias: Tensor | None, config: ModelConfig
-) -> Tensor:  # [T, E] -> [T, K]
-    """Take the best experts of the groups whose single best expert is best."""
-    groups = scores.unflatten(-1, (config.num_groups, -1))  # [T, G, E/G]
-    return _topk_within_groups(scores, groups.amax(dim=-1), config)
-
-
-def noaux_tc(scores: Tensor, bias: Tensor | None, config: ModelConfig) -> Tensor:  # [T, E] -> [T, K]
-    """Take the best experts after a learned correction, of the groups whose two best experts sum highest."""
-    # The bias steers which experts are chosen, never how much they weigh.
-    choice = scores if bias is None else scores + bias
-    groups = choice.unflatten(-1, (config.num_groups, -1))  # [T, G, E/G]
-    best_two = groups.topk(min(2, groups.shape[-1]), dim=-1).values
-    group_scores = best_two[..., 0] + best_two[..., 1] if best_two.shape[-1] == 2 else best_two[..., 0]
-    return _topk_within_groups(choice, group_scores, config)
-
-
-def _topk_within_groups(choice: Tensor, group_scores: Tensor, config: ModelConfig) -> Tensor:
-    kept = group_scores.topk(config.num_kept_groups, dim=-1).indices  # [T, kept groups]
-    is_kept = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(-1, kept, True)  # [T, G]
-    is_allowed = is_kept.repeat_interleave(config.n_routed_experts // config.num_groups, dim=-1)  # [T, E]
-    # Not 0: a corrected score may be negative, and an expert of another group must still lose against it.
-    return choice.masked_fill(~is_allowed, float("-inf")).topk(config.num_experts_per_tok, dim=-1).indices
-
-
-SCORE_EXPERTS: dict[str, Callable[[Tensor], Tensor]] = {"softmax": softmax, "sigmoid": sigmoid}
-
-SELECT_EXPERTS: dict[str, Callable[[Tensor, Tensor | None, ModelConfig], Tensor]] = {
-    "greedy": greedy,
-    "group_limited_greedy": group_limited_greedy,
-    "noaux_tc": noaux_tc,
-}
-
-
-def weigh_v2(chosen: Tensor, config: ModelConfig) -> Tensor:  # [T, K] -> [T, K]
-    """Weigh experts as DeepSeek-V2's code does: norm_topk_prob takes the place of the scaling factor."""
-    if config.norm_topk_prob and config.num_experts_per_tok > 1:
-        return _normalized(chosen)
-    return chosen * config.routed_scaling_factor
-
-
-def weigh_v3(chosen: Tensor, config: ModelConfig) -> Tensor:  # [T, K] -> [T, K]
-    """Weigh experts as DeepSeek-V3's code does: norm_topk_prob comes before the scaling factor."""
-    weights = _normalized(chosen) if config.norm_topk_prob else chosen
-    return weights * config.routed_scaling_factor
-
-
-def _normalized(chosen: Tensor) -> Tensor:
-    return chosen / (row_sum(chosen) + 1e-20)
-
-
-WEIGH_EXPERTS: dict[str, Callable[[Tensor, ModelConfig], Tensor]] = {"v2": weigh_v2, "v3": weigh_v3}
+# ------------------------------------------------------------------------- which experts, and how much
 
 
 class Gate(nn.Module):
@@ -117,18 +50,13 @@ class Gate(nn.Module):
                 torch.empty(config.n_routed_experts, dtype=torch.float32), requires_grad=False
             )
         self.register_parameter("e_score_correction_bias", bias)
-        self.score = SCORE_EXPERTS[config.scoring_func]
-        self.select = SELECT_EXPERTS[config.topk_method]
-        self.weigh = WEIGH_EXPERTS[config.family]
 
     def forward(
         self, hidden_states: Tensor
     ) -> tuple[Tensor, Tensor]:  # [T, D] -> [T, K] int64, [T, K] float32
         """Return the chosen experts and the weight of each."""
-        scores = self.score(self.kernels.gate_logits(hidden_states, self.weight))  # [T, E]
-        topk_ids = self.select(scores, self.e_score_correction_bias, self.config)
-        topk_weights = self.weigh(scores.gather(-1, topk_ids), self.config)
-        return topk_ids, topk_weights
+        logits = self.kernels.gate_logits(hidden_states, self.weight)  # [T, E]
+        return self.kernels.choose_experts(logits, self.e_score_correction_bias, self.config)
 
 
 # -------------------------------------------------------------------------------------------- after attention

@@ -165,7 +165,11 @@ SENTENCES: list[tuple[str, Any, str]] = [
         8080,
         "ExpertMesh.httpPort is 8080, but HTTP is not built in this version: leave it out",
     ),
-    ("ExpertMesh.device", "npu", 'ExpertMesh.device is "npu", but only "cpu" is built in this version'),
+    (
+        "ExpertMesh.device",
+        "cuda",
+        'ExpertMesh.device is "cuda", but only "cpu" and "npu" are built in this version',
+    ),
     (
         "ExpertMesh.device",
         "tpu",
@@ -281,6 +285,14 @@ def test_a_group_that_does_not_fit_is_refused(tmp_path: Path, group: dict[str, i
     assert all(
         one.startswith((f"{MODEL}.worldSize", f"{MODEL}.moe_tp")) for one in problems(tmp_path, document)
     )
+
+
+def test_links_are_refused_where_rows_are_on_a_device(tmp_path: Path) -> None:
+    (sentence,) = problems(tmp_path, {"ExpertMesh": {"device": "npu", "exchange": "links"}})
+    assert sentence == (
+        'ExpertMesh.exchange is "links", but rows of device "npu" travel in a collective: leave it out'
+    )
+    assert load(tmp_path, {"ExpertMesh": {"device": "npu"}}).exchange == "collective"
 
 
 def test_a_length_applies_to_keys_that_are_present_only(tmp_path: Path) -> None:

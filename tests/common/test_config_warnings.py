@@ -74,6 +74,15 @@ def test_a_factor_that_mindie_refuses_is_named(tmp_path: Path, factor: float, is
     assert any("MindIE refuses less than 0.25" in one for one in warnings) == is_small
 
 
+def test_the_cache_of_an_npu_has_a_size_of_its_own(tmp_path: Path) -> None:
+    sizes = {"ModelDeployConfig": {"ModelConfig": [{"cpuMemSize": 2, "npuMemSize": 7}]}}
+    on_npu = load(tmp_path, {**sizes, "ExpertMesh": {"device": "npu"}})
+    assert (on_npu.kv_cache_bytes, load(tmp_path, sizes).kv_cache_bytes) == (7 << 30, 2 << 30)
+    assert not any("npuMemSize" in warning for warning in on_npu.warnings)
+    unsaid = {"ModelDeployConfig": {"ModelConfig": [{"cpuMemSize": 2}]}, "ExpertMesh": {"device": "npu"}}
+    assert load(tmp_path, unsaid).kv_cache_bytes == 2 << 30
+
+
 @pytest.mark.parametrize(
     ("path", "value", "warning"),
     [

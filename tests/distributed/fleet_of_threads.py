@@ -25,12 +25,16 @@ from expert_worker import step_loop
 TERM, EPOCH, INCARNATION, JOIN_S = 3, 5, 7, 20.0
 HOST = "127.0.0.1"
 
+BACKENDS = {"collective": "gloo", "hccl": "hccl"}
+"""Kinds of fleets whose workers form one group with a router, and how their rows travel."""
+
 ExpertEnd = LinksExpertExchange | CollectiveExpertExchange
 RouterEnd = LinksRouterExchange | CollectiveRouterExchange
 ENDS: dict[str, type[ExpertEnd]] = {
     "links": LinksExpertExchange,
     "sharedMemory": LinksExpertExchange,
     "collective": CollectiveExpertExchange,
+    "hccl": CollectiveExpertExchange,
 }
 """The kinds of fleets; the router chooses between the first two."""
 
@@ -64,6 +68,7 @@ def add_router(
     shape: RowShape,
     term: int = TERM,
     epoch: int = EPOCH,
+    backend: str = "gloo",
 ) -> None:
     """Join one router as worker `rank`."""
     experts = placement.experts_of(rank)
@@ -72,7 +77,7 @@ def add_router(
         exchange.add_router(term, epoch, INCARNATION, link, shape, experts)
     else:
         size = placement.ep_size + 1
-        group = join_group(store.host, store.port, f"g-{term}-{epoch}", rank + 1, size, JOIN_S, HOST)
+        group = join_group(store.host, store.port, f"g-{term}-{epoch}", rank + 1, size, JOIN_S, HOST, backend)
         exchange.add_router(term, epoch, INCARNATION, group, shape, experts)
 
 
@@ -95,7 +100,7 @@ def join_routers(
         return compute(own, received.rows, counts, received.row_scales)
 
     for number, store in enumerate(stores):
-        add_router(exchange, store, rank, placement, shape, TERM + number)
+        add_router(exchange, store, rank, placement, shape, TERM + number, EPOCH, BACKENDS.get(kind, ""))
     return exchange, outputs
 
 
@@ -155,9 +160,9 @@ def join_workers(
     names = [f"w{rank}" for rank in range(placement.ep_size)]
     settings: dict[str, object] = {"floor_s": 5.0, "ask_progress": None, **options}
     common = (names, placement, shape, term, [INCARNATION] * len(names))
-    if kind == "collective":
+    if kind in BACKENDS:
         size = placement.ep_size + 1
-        group = join_group(store.host, store.port, f"g-{term}-{epoch}", 0, size, JOIN_S, HOST)
+        group = join_group(store.host, store.port, f"g-{term}-{epoch}", 0, size, JOIN_S, HOST, BACKENDS[kind])
         return CollectiveRouterExchange(group, *common, **settings)  # type: ignore[arg-type]
     links = [link_choice.join_worker(meeting(store, f"{name}-{term}-{epoch}", kind)) for name in names]
     return LinksRouterExchange(links, *common, **settings)  # type: ignore[arg-type]

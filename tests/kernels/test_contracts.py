@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -21,8 +22,15 @@ from router.kernels import RouterKernels
 from router.kernels import load_kernels as load_router_kernels
 from tests.kernels.comparing import num_threads
 
+if TYPE_CHECKING:
+    import expert_worker.kernels.npu
+    import router.kernels.npu
+
 ROUTER_MODULES: list[RouterKernels] = [router.kernels.reference, router.kernels.cpu]
 EXPERT_MODULES: list[ExpertKernels] = [expert_worker.kernels.reference, expert_worker.kernels.cpu]
+if TYPE_CHECKING:  # a device that is not here is checked by its types alone
+    ABSENT_ROUTER_MODULES: list[RouterKernels] = [router.kernels.npu]
+    ABSENT_EXPERT_MODULES: list[ExpertKernels] = [expert_worker.kernels.npu]
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.exchange import Dispatched, StepHeader
+from common.device import open_device
+from common.exchange import Dispatched, Extra, RouterExchange, RowOrigins, StepHeader
+from common.exchange.loopback import LoopbackExchange
 from common.model_config import ModelConfig
+from expert_worker.in_process import open_experts
 from expert_worker.kernels import load_kernels
 from expert_worker.shard import Shard, ShardSource
 from router.batch import build_batch
@@ -32,8 +35,9 @@ class NaiveExchange:
         source = ShardSource(directory, str(dtype).removeprefix("torch."))
         self._layers = shard.hold(source, experts, lambda loaded, total: None)
         self._sums: dict[tuple[int, int], Tensor] = {}
+        self.extra = Extra()
 
-    def begin(self, header: StepHeader) -> None:
+    def begin(self, header: StepHeader, origins: SequenceOf[RowOrigins] = ()) -> None:
         raise NotImplementedError
 
     def dispatch(
@@ -59,16 +63,35 @@ class NaiveExchange:
         self._sums.clear()
 
 
+def own_experts(directory: Path, config: ModelConfig, dtype: torch.dtype, device: str) -> LoopbackExchange:
+    """All experts on `device` in this process, as an engine without expert workers has them."""
+    experts = {layer_id: tuple(range(config.n_routed_experts)) for layer_id in config.moe_layer_ids}
+    name = str(dtype).removeprefix("torch.")
+    return LoopbackExchange(
+        open_experts(directory, name, device, experts, lambda loaded, total: None), experts
+    )
+
+
 class Driver:
     """A loaded model with a cache of its own and the experts in the same process."""
 
     def __init__(
-        self, directory: Path, dtype: str = "auto", num_blocks: int = 512, micro_batches: int = 1
+        self,
+        directory: Path,
+        dtype: str = "auto",
+        num_blocks: int = 512,
+        micro_batches: int = 1,
+        device: str = "cpu",
     ) -> None:
-        self.model = load_model(directory, dtype, "cpu", lambda loaded, total: None)
+        self.device = open_device(device)
+        self.model = load_model(directory, dtype, device, lambda loaded, total: None)
         self.config = self.model.config
-        self.cache = LatentCache(self.config, num_blocks, BLOCK_SIZE, self.model.dtype, "cpu")
-        self.exchange = NaiveExchange(directory, self.config, self.model.dtype)
+        self.cache = LatentCache(self.config, num_blocks, BLOCK_SIZE, self.model.dtype, self.device)
+        self.exchange: RouterExchange = (
+            NaiveExchange(directory, self.config, self.model.dtype)
+            if device == "cpu"
+            else own_experts(directory, self.config, self.model.dtype, device)
+        )
         self.micro_batches = micro_batches
         self._free = list(range(num_blocks - 1, -1, -1))
         self._ids = itertools.count()
@@ -86,7 +109,7 @@ class Driver:
     def step(self, *chunks: Chunk) -> Tensor:
         """Compute the chunks together; return the logits of those that sample."""
         parts = Plan(chunks).split(self.micro_batches)
-        batches = [build_batch(part, BLOCK_SIZE, "cpu", number) for number, part in enumerate(parts)]
+        batches = [build_batch(part, BLOCK_SIZE, self.device, number) for number, part in enumerate(parts)]
         return self.model(batches, self.cache, self.exchange)
 
     def finish(self, *sequences: Sequence, chunk_size: int | None = None) -> Tensor:

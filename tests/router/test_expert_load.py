@@ -31,7 +31,7 @@ def test_every_choice_of_every_token_is_counted_once(tmp_path: Path) -> None:
         return original(layer_id, micro_batch, *given)
 
     naive.dispatch = watched  # type: ignore[method-assign,assignment]
-    driver.exchange = CountedExchange(naive, loads)  # type: ignore[assignment,arg-type]
+    driver.exchange = CountedExchange(naive, loads)
     driver.finish(*(driver.sequence(prompt) for prompt in random_prompts((5, 17, 1), 128)))
     assert loads.layers() == chosen
     assert all(sum(counts) == 23 * config.num_experts_per_tok for counts in chosen.values())
