@@ -131,18 +131,20 @@ def load(
             *(config.n_routed_experts, tune.max_prefill_tokens),
         )
         connector = Connector(configure.exchange, address, end, deliver)
-    send(
-        Loaded(
-            loaded_bytes=progress.loaded_bytes,
-            kv_blocks=limits.num_blocks,
-            block_size=limits.block_size,
-            max_seq_len=limits.max_seq_len,
-            store_host=address.store.host if address else "",
-            store_port=address.store.port if address else 0,
-            int8_layers=sorted(shape.int8_layers),
-        )
-    )
+    send(_loaded(progress.loaded_bytes, limits, address, shape))
     return LoadedEngine(engine, connector, timeline)
+
+
+def _loaded(loaded_bytes: int, limits: Limits, address: LinkAddress | None, shape: RowShape) -> Loaded:
+    return Loaded(
+        loaded_bytes=loaded_bytes,
+        kv_blocks=limits.num_blocks,
+        block_size=limits.block_size,
+        max_seq_len=limits.max_seq_len,
+        store_host=address.store.host if address else "",
+        store_port=address.store.port if address else 0,
+        int8_layers=sorted(shape.int8_layers),
+    )
 
 
 def size_cache(configure: Configure, tune: Tune, config: ModelConfig, item_bytes: int) -> KvCacheSize:
