@@ -6,8 +6,6 @@ import ctypes
 from functools import cache
 from pathlib import Path
 
-import torch  # noqa: F401 - loads the OpenMP runtime that the library is to find, so that threads are shared
-
 from common.errors import ConfigError
 from common.native.compiler import LIBRARY
 

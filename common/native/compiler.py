@@ -16,7 +16,7 @@ COMPILERS = ("g++", "clang++")
 # the processor they need themselves, so one object runs on all of them.
 FLAGS = (
     *("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
-    *("-fvisibility=hidden", "-fopenmp", "-fPIC", "-shared"),
+    *("-fvisibility=hidden", "-pthread", "-fPIC", "-shared"),
     "-Wno-psabi",  # functions take wide vectors only where they are inlined
 )
 TIMEOUT_S = 300

@@ -58,10 +58,10 @@ INLINE void widen_row(const T* x, int64_t count, float* to) {
 
 // out[row][column] = sum of a[row][i] * b[column][i]. Both have `size` elements next to each other.
 template <int kRows, int kColumns, class B>
-INLINE void dots_tile(const float* a, int64_t a_stride, const B* b, int64_t b_stride, int64_t size, float* out,
-                      int64_t out_stride) {
+INLINE void dots_tile(const float* a, int64_t a_stride, const B* b, int64_t b_stride, int64_t size,
+                      float* out, int64_t out_stride) {
   Lanes sums[kRows][kColumns] = {};
-  const auto add = [&](const Lanes (&left)[kRows], const Lanes (&right)[kColumns]) INLINE_LAMBDA {
+  const auto add = [&](const Lanes(&left)[kRows], const Lanes(&right)[kColumns]) INLINE_LAMBDA {
 #pragma GCC unroll 4
     for (int row = 0; row < kRows; row++)
 #pragma GCC unroll 4
@@ -81,7 +81,8 @@ INLINE void dots_tile(const float* a, int64_t a_stride, const B* b, int64_t b_st
     add(left, right);
   }
   for (int row = 0; row < kRows; row++)
-    for (int column = 0; column < kColumns; column++) out[row * out_stride + column] = total(sums[row][column]);
+    for (int column = 0; column < kColumns; column++)
+      out[row * out_stride + column] = total(sums[row][column]);
 }
 
 template <int kRows, class B>
@@ -96,13 +97,15 @@ INLINE void dots_rows(const float* a, int64_t a_stride, const B* b, int64_t b_st
 
 // out[row][column] = sum over i of a[row][i] * b[column][i], for all rows and columns.
 template <class B>
-INLINE void dots(const float* a, int64_t a_stride, int64_t rows, const B* b, int64_t b_stride, int64_t columns,
-                 int64_t size, float* out, int64_t out_stride) {
+INLINE void dots(const float* a, int64_t a_stride, int64_t rows, const B* b, int64_t b_stride,
+                 int64_t columns, int64_t size, float* out, int64_t out_stride) {
   int64_t row = 0;
   for (; row + 4 <= rows; row += 4)
-    dots_rows<4>(a + row * a_stride, a_stride, b, b_stride, columns, size, out + row * out_stride, out_stride);
+    dots_rows<4>(a + row * a_stride, a_stride, b, b_stride, columns, size, out + row * out_stride,
+                 out_stride);
   for (; row < rows; row++)
-    dots_rows<1>(a + row * a_stride, a_stride, b, b_stride, columns, size, out + row * out_stride, out_stride);
+    dots_rows<1>(a + row * a_stride, a_stride, b, b_stride, columns, size, out + row * out_stride,
+                 out_stride);
 }
 
 // out[row] = out[row] * fading[row] + the sum over i of a[row][i] * b[i], for up to kVectors * 16 columns.
@@ -125,7 +128,8 @@ INLINE void blend_tile(const float* a, int64_t a_stride, const B* b, int64_t b_s
 #pragma GCC unroll 4
     for (int row = 0; row < kRows; row++)
 #pragma GCC unroll 4
-      for (int vector = 0; vector < kVectors; vector++) sums[row][vector] += a[row * a_stride + i] * right[vector];
+      for (int vector = 0; vector < kVectors; vector++)
+        sums[row][vector] += a[row * a_stride + i] * right[vector];
   }
   for (int row = 0; row < kRows; row++)
     for (int vector = 0; vector < kVectors; vector++) {
@@ -139,7 +143,8 @@ INLINE void blend_rows(const float* a, int64_t a_stride, const B* b, int64_t b_s
                        int64_t size, const float* fading, float* out, int64_t out_stride) {
   int64_t column = 0;
   for (; column + 4 * kLanes <= columns; column += 4 * kLanes)
-    blend_tile<kRows, 4>(a, a_stride, b + column, b_stride, size, fading, out + column, out_stride, 4 * kLanes);
+    blend_tile<kRows, 4>(a, a_stride, b + column, b_stride, size, fading, out + column, out_stride,
+                         4 * kLanes);
   for (; column < columns; column += kLanes)
     blend_tile<kRows, 1>(a, a_stride, b + column, b_stride, size, fading, out + column, out_stride,
                          std::min<int64_t>(kLanes, columns - column));
@@ -147,15 +152,15 @@ INLINE void blend_rows(const float* a, int64_t a_stride, const B* b, int64_t b_s
 
 // out[row] = out[row] * fading[row] + sum over i of a[row][i] * b[i], where b[i] has `columns` elements.
 template <class B>
-INLINE void blend(const float* a, int64_t a_stride, int64_t rows, const B* b, int64_t b_stride, int64_t columns,
-                  int64_t size, const float* fading, float* out, int64_t out_stride) {
+INLINE void blend(const float* a, int64_t a_stride, int64_t rows, const B* b, int64_t b_stride,
+                  int64_t columns, int64_t size, const float* fading, float* out, int64_t out_stride) {
   int64_t row = 0;
   for (; row + 4 <= rows; row += 4)
-    blend_rows<4>(a + row * a_stride, a_stride, b, b_stride, columns, size, fading + row, out + row * out_stride,
-                  out_stride);
+    blend_rows<4>(a + row * a_stride, a_stride, b, b_stride, columns, size, fading + row,
+                  out + row * out_stride, out_stride);
   for (; row < rows; row++)
-    blend_rows<1>(a + row * a_stride, a_stride, b, b_stride, columns, size, fading + row, out + row * out_stride,
-                  out_stride);
+    blend_rows<1>(a + row * a_stride, a_stride, b, b_stride, columns, size, fading + row,
+                  out + row * out_stride, out_stride);
 }
 
 template <class T>
@@ -211,8 +216,8 @@ void sum_slots(const T* rows, int64_t num_rows, int64_t size, const int64_t* pos
 
 // Some rows of x, [rows, size], against some rows of a float weight, [columns, size].
 template <class T>
-void row_products(const T* x, int64_t x_stride, int64_t rows, const float* weight, int64_t columns, int64_t size,
-                  float* out, int64_t out_stride, float* wide) {
+void row_products(const T* x, int64_t x_stride, int64_t rows, const float* weight, int64_t columns,
+                  int64_t size, float* out, int64_t out_stride, float* wide) {
   for (int64_t row = 0; row < rows; row++) widen_row(x + row * x_stride, size, wide + row * size);
   dots(wide, size, rows, weight, size, columns, size, out, out_stride);
 }
@@ -292,7 +297,8 @@ void attend_prompt(const HeadRows<T>& queries, const PromptHead& head, PromptSta
     const int64_t rows = std::min(kQueryTile, queries.rows - first_query);
     const int64_t position = head.start + first_query;
     for (int64_t row = 0; row < rows; row++) {
-      widen_row(queries.from + (first_query + row) * queries.stride, head.size, state.queries + row * head.size);
+      widen_row(queries.from + (first_query + row) * queries.stride, head.size,
+                state.queries + row * head.size);
       state.maximum[row] = -std::numeric_limits<float>::infinity();
       state.sum[row] = 0.0f;
     }
@@ -317,11 +323,12 @@ void attend_prompt(const HeadRows<T>& queries, const PromptHead& head, PromptSta
         state.sum[row] = state.sum[row] * state.fading[row] + sum;
         state.maximum[row] = maximum;
       }
-      blend(state.scores, kPromptTile, rows, head.value_rows + first * head.values, head.values, head.values, keys,
-            state.fading, state.result, head.values);
+      blend(state.scores, kPromptTile, rows, head.value_rows + first * head.values, head.values, head.values,
+            keys, state.fading, state.result, head.values);
     }
     for (int64_t row = 0; row < rows; row++)
       for (int64_t i = 0; i < head.values; i++)
-        narrow(state.result[row * head.values + i] / state.sum[row], out + (first_query + row) * out_stride + i);
+        narrow(state.result[row * head.values + i] / state.sum[row],
+               out + (first_query + row) * out_stride + i);
   }
 }

@@ -1,5 +1,5 @@
-// What the router computes on a CPU beside its int8 products: norms, SwiGLU, rotation, the gate's products, and
-// absorbed attention over the latent cache.
+// What is computed on a CPU beside int8 products: norms, SwiGLU, rotation, the gate's products, attention over
+// prompts and over the latent cache, and the sum over a token's slots.
 //
 // A C ABI without torch. `path` is one that int8_best_path() allows; all give the same bits. `is_bfloat16`
 // says what x, weight and out are, bfloat16 or float; sums are float. Strides count elements.
@@ -11,17 +11,18 @@
 #include <new>
 
 #include "elementwise.h"
+#include "threads.h"
 
 namespace floats {
 
 constexpr int kLanes = 16;
-constexpr int64_t kRowTile = 16;    // rows that meet a head's weight while it is in the cache
-constexpr int64_t kKeyTile = 32;    // keys between two looks at the maximum
-constexpr int64_t kMostHeads = 8;   // heads of a query that read the same latents together
-constexpr int64_t kQueryTile = 32;   // queries of a prompt that meet the same keys
-constexpr int64_t kPromptTile = 64;  // keys that queries of a prompt see between two looks at the maximum
-constexpr int64_t kColumnTile = 16;  // experts of one task
-constexpr int64_t kSumTile = 256;    // columns that are summed up while they stay in the cache
+constexpr int64_t kRowTile = 16;         // rows that meet a head's weight while it is in the cache
+constexpr int64_t kKeyTile = 32;         // keys between two looks at the maximum
+constexpr int64_t kMostHeads = 8;        // heads of a query that read the same latents together
+constexpr int64_t kQueryTile = 32;       // queries of a prompt that meet the same keys
+constexpr int64_t kPromptTile = 64;      // keys that queries of a prompt see between two looks at the maximum
+constexpr int64_t kColumnTile = 16;      // experts of one task
+constexpr int64_t kSumTile = 256;        // columns that are summed up while they stay in the cache
 constexpr int64_t kLeastWork = 1 << 17;  // products that are worth waking another thread for
 
 template <class T>
@@ -87,7 +88,8 @@ namespace avx2 {
 }
 #ifdef __clang__
 #pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), \
+                             apply_to = function)
 #else
 #pragma GCC pop_options
 #pragma GCC push_options
@@ -101,10 +103,7 @@ namespace avx512 {
 #else
 #pragma GCC pop_options
 #endif
-#define ON_PATH(path, call)          \
-  ((path) == 2   ? avx512::call      \
-   : (path) == 1 ? avx2::call        \
-                 : portable::call)
+#define ON_PATH(path, call) ((path) == 2 ? avx512::call : (path) == 1 ? avx2::call : portable::call)
 #else
 #define ON_PATH(path, call) portable::call
 #endif
@@ -125,83 +124,73 @@ class Workspace {
 };
 
 int threads_for(int threads, int64_t tasks, int64_t products) {
-  return products < kLeastWork ? 1 : static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, tasks)));
+  return products < kLeastWork ? 1
+                               : static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, tasks)));
 }
 
 template <class T>
 void norm_rows(int path, int threads, const T* x, int64_t m, int64_t size, int64_t stride, const T* weight,
                float eps, T* out) {
-#pragma omp parallel for num_threads(threads_for(threads, m, m * size))
-  for (int64_t row = 0; row < m; row++)
+  for_each(threads_for(threads, m, m * size), m, [&](int64_t row) {
     ON_PATH(path, rms_norm(x + row * stride, weight, eps, size, out + row * size));
+  });
 }
 
 template <class T>
-void swiglu_rows(int path, int threads, const T* gate, const T* up, int64_t m, int64_t size, int64_t gate_stride,
-                 int64_t up_stride, T* out) {
-#pragma omp parallel for num_threads(threads_for(threads, m, m * size * 8))
-  for (int64_t row = 0; row < m; row++)
+void swiglu_rows(int path, int threads, const T* gate, const T* up, int64_t m, int64_t size,
+                 int64_t gate_stride, int64_t up_stride, T* out) {
+  for_each(threads_for(threads, m, m * size * 8), m, [&](int64_t row) {
     ON_PATH(path, swiglu(gate + row * gate_stride, up + row * up_stride, size, out + row * size));
+  });
 }
 
 template <class T>
 void rotate_rows(int path, int threads, const T* x, int64_t tokens, int64_t heads, int64_t size,
                  int64_t token_stride, int64_t head_stride, const float* cos, const float* sin, T* out) {
-#pragma omp parallel for num_threads(threads_for(threads, tokens, tokens * heads * size))
-  for (int64_t token = 0; token < tokens; token++)
+  for_each(threads_for(threads, tokens, tokens * heads * size), tokens, [&](int64_t token) {
     for (int64_t head = 0; head < heads; head++)
       ON_PATH(path, rotate(x + token * token_stride + head * head_stride, cos + token * (size / 2),
                            sin + token * (size / 2), size, out + (token * heads + head) * size));
+  });
 }
 
 template <class T, class Sum>
-void sum_tokens(int path, int threads, const T* rows, int64_t num_rows, int64_t size, const int64_t* positions,
-                const float* weights, int64_t tokens, int64_t slots, Sum* out) {
-#pragma omp parallel for num_threads(threads_for(threads, tokens, tokens * slots * size))
-  for (int64_t token = 0; token < tokens; token++)
+void sum_tokens(int path, int threads, const T* rows, int64_t num_rows, int64_t size,
+                const int64_t* positions, const float* weights, int64_t tokens, int64_t slots, Sum* out) {
+  for_each(threads_for(threads, tokens, tokens * slots * size), tokens, [&](int64_t token) {
     ON_PATH(path, sum_slots(rows, num_rows, size, positions + token * slots, weights + token * slots, slots,
                             out + token * size));
+  });
 }
 
 template <class T>
-bool gate_rows(int path, int threads, const T* x, int64_t m, int64_t size, const float* weight, int64_t experts,
-               float* out) {
+bool gate_rows(int path, int threads, const T* x, int64_t m, int64_t size, const float* weight,
+               int64_t experts, float* out) {
   const int64_t row_tiles = ceil_div(m, kRowTile), column_tiles = ceil_div(experts, kColumnTile);
-  bool has_memory = true;
-#pragma omp parallel for num_threads(threads_for(threads, row_tiles * column_tiles, m * size * experts))
-  for (int64_t task = 0; task < row_tiles * column_tiles; task++) {
+  const int64_t tasks = row_tiles * column_tiles;
+  return try_each(threads_for(threads, tasks, m * size * experts), tasks, [&](int64_t task) {
     const int64_t row = task / column_tiles * kRowTile, column = task % column_tiles * kColumnTile;
     const int64_t rows = std::min(kRowTile, m - row), columns = std::min(kColumnTile, experts - column);
-    try {
-      Workspace own(rows * size);
-      ON_PATH(path, row_products(x + row * size, size, rows, weight + column * size, columns, size,
-                                 out + row * experts + column, experts, own.take(rows * size)));
-    } catch (const std::bad_alloc&) {
-      has_memory = false;
-    }
-  }
-  return has_memory;
+    Workspace own(rows * size);
+    ON_PATH(path, row_products(x + row * size, size, rows, weight + column * size, columns, size,
+                               out + row * experts + column, experts, own.take(rows * size)));
+  });
 }
 
 template <class T>
 bool head_rows(int path, int threads, const T* x, int64_t tokens, int64_t heads, int64_t token_stride,
                int64_t head_stride, const HeadWeight<T>& weight, int64_t weight_stride, T* out) {
   const int64_t products = tokens * heads * weight.columns * weight.size;
-  bool has_memory = true;
-#pragma omp parallel for num_threads(threads_for(threads, heads, products))
-  for (int64_t head = 0; head < heads; head++) try {
-      HeadWeight<T> own = weight;
-      own.from += head * weight_stride;
-      const int64_t rows = std::min(kRowTile, tokens);
-      Workspace work(rows * (weight.size + weight.columns));
-      float* wide = work.take(rows * weight.size);
-      ON_PATH(path, head_products<T>({x + head * head_stride, tokens, token_stride}, own,
-                                     out + head * weight.columns, heads * weight.columns, wide,
-                                     work.take(rows * weight.columns)));
-    } catch (const std::bad_alloc&) {
-      has_memory = false;
-    }
-  return has_memory;
+  return try_each(threads_for(threads, heads, products), heads, [&](int64_t head) {
+    HeadWeight<T> own = weight;
+    own.from += head * weight_stride;
+    const int64_t rows = std::min(kRowTile, tokens);
+    Workspace work(rows * (weight.size + weight.columns));
+    float* wide = work.take(rows * weight.size);
+    ON_PATH(path,
+            head_products<T>({x + head * head_stride, tokens, token_stride}, own, out + head * weight.columns,
+                             heads * weight.columns, wide, work.take(rows * weight.columns)));
+  });
 }
 
 template <class T>
@@ -211,28 +200,28 @@ bool attend_rows(int path, int threads, const T* latent, const T* rope, int64_t 
   int64_t products = 0;
   for (int64_t query = 0; query < queries; query++)
     products += lengths[query] * heads * (2 * cache.values + cache.rope);
-  // Heads of a group share the reading of the latents; small groups keep every thread busy. No bit depends on it.
+  // Heads of a group share the reading of the latents; small groups keep every thread busy. No bit depends on
+  // it.
   const int64_t whole = queries * ceil_div(heads, kMostHeads);
   const int64_t group = whole >= 2 * threads ? kMostHeads : kMostHeads / 2;
   const int64_t groups = ceil_div(heads, group), width = cache.values + cache.rope;
-  bool has_memory = true;
-#pragma omp parallel for schedule(dynamic) num_threads(threads_for(threads, queries * groups, products))
-  for (int64_t task = 0; task < queries * groups; task++) try {
-      const int64_t query = task / groups, head = task % groups * group;
-      const int64_t count = std::min(group, heads - head), from = query * heads + head;
-      Workspace work(group * (width + kKeyTile + cache.values) + kKeyTile * width);
-      Attended state;
-      state.queries = work.take(group * width);
-      state.latents = work.take(kKeyTile * width);
-      state.scores = work.take(group * kKeyTile);
-      state.result = work.take(group * cache.values);
-      const LatentQuery<T> own = {latent + from * cache.values, rope + from * cache.rope, count,
-                                  lengths[query], tables + query * table_stride, scale};
-      ON_PATH(path, attend(own, cache, state, out + from * cache.values));
-    } catch (const std::bad_alloc&) {
-      has_memory = false;
-    }
-  return has_memory;
+  return try_each(threads_for(threads, queries * groups, products), queries * groups, [&](int64_t task) {
+    const int64_t query = task / groups, head = task % groups * group;
+    const int64_t count = std::min(group, heads - head), from = query * heads + head;
+    Workspace work(group * (width + kKeyTile + cache.values) + kKeyTile * width);
+    Attended state;
+    state.queries = work.take(group * width);
+    state.latents = work.take(kKeyTile * width);
+    state.scores = work.take(group * kKeyTile);
+    state.result = work.take(group * cache.values);
+    const LatentQuery<T> own = {latent + from * cache.values,
+                                rope + from * cache.rope,
+                                count,
+                                lengths[query],
+                                tables + query * table_stride,
+                                scale};
+    ON_PATH(path, attend(own, cache, state, out + from * cache.values));
+  });
 }
 
 // q [T, H, size], k [S, H, size], v [S, H, values] by their strides; S = start + T keys are read.
@@ -262,24 +251,25 @@ void lay_out_head(const Prompt<T>& prompt, int64_t head, PromptHead& to) {
 template <class T>
 bool prompt_rows(int path, int threads, const Prompt<T>& prompt, float scale, T* out) {
   const int64_t keys = prompt.start + prompt.queries;
-  bool has_memory = true;
-#pragma omp parallel for schedule(dynamic) \
-    num_threads(threads_for(threads, prompt.heads, prompt.queries * keys * prompt.heads * prompt.size))
-  for (int64_t head = 0; head < prompt.heads; head++) try {
-      Workspace work((keys + kQueryTile) * (prompt.size + prompt.values) + kQueryTile * kPromptTile);
-      PromptHead own = {work.take(keys * prompt.size), work.take(keys * prompt.values), prompt.size,
-                        prompt.values, keys, prompt.start, scale};
-      lay_out_head(prompt, head, own);
-      PromptState state;
-      state.queries = work.take(kQueryTile * prompt.size);
-      state.scores = work.take(kQueryTile * kPromptTile);
-      state.result = work.take(kQueryTile * prompt.values);
-      ON_PATH(path, attend_prompt<T>({prompt.q + head * prompt.q_strides[1], prompt.queries, prompt.q_strides[0]},
-                                     own, state, prompt.heads * prompt.values, out + head * prompt.values));
-    } catch (const std::bad_alloc&) {
-      has_memory = false;
-    }
-  return has_memory;
+  const int64_t products = prompt.queries * keys * prompt.heads * prompt.size;
+  return try_each(threads_for(threads, prompt.heads, products), prompt.heads, [&](int64_t head) {
+    Workspace work((keys + kQueryTile) * (prompt.size + prompt.values) + kQueryTile * kPromptTile);
+    PromptHead own = {work.take(keys * prompt.size),
+                      work.take(keys * prompt.values),
+                      prompt.size,
+                      prompt.values,
+                      keys,
+                      prompt.start,
+                      scale};
+    lay_out_head(prompt, head, own);
+    PromptState state;
+    state.queries = work.take(kQueryTile * prompt.size);
+    state.scores = work.take(kQueryTile * kPromptTile);
+    state.result = work.take(kQueryTile * prompt.values);
+    ON_PATH(path,
+            attend_prompt<T>({prompt.q + head * prompt.q_strides[1], prompt.queries, prompt.q_strides[0]},
+                             own, state, prompt.heads * prompt.values, out + head * prompt.values));
+  });
 }
 
 template <class T>
@@ -293,9 +283,13 @@ void store_rows(const LatentCache<T>& cache, T* to, const int64_t* slots, int64_
 }
 
 template <class T>
-const T* as(const void* from) { return static_cast<const T*>(from); }
+const T* as(const void* from) {
+  return static_cast<const T*>(from);
+}
 template <class T>
-T* as(void* to) { return static_cast<T*>(to); }
+T* as(void* to) {
+  return static_cast<T*>(to);
+}
 
 }  // namespace floats
 
@@ -303,96 +297,97 @@ using namespace floats;
 
 #define EXPORT __attribute__((visibility("default")))
 // Runs `call` with T as what `is_bfloat16` says.
-#define FOR_TYPE(is_bfloat16, call)  \
-  if (is_bfloat16) {                 \
-    using T = Bfloat16;              \
-    call;                            \
-  } else {                           \
-    using T = float;                 \
-    call;                            \
+#define FOR_TYPE(is_bfloat16, call) \
+  if (is_bfloat16) {                \
+    using T = Bfloat16;             \
+    call;                           \
+  } else {                          \
+    using T = float;                \
+    call;                           \
   }
 
 extern "C" {
 
 // x [M, size], rows `stride` apart, weight [size] -> out [M, size]: normalised, rounded, then weighted.
 EXPORT void float_rms_norm(int path, int threads, int is_bfloat16, const void* x, int64_t m, int64_t size,
-                           int64_t stride, const void* weight, float eps, void* out) {
-  FOR_TYPE(is_bfloat16, norm_rows(path, threads, as<T>(x), m, size, stride, as<T>(weight), eps, as<T>(out)))
-}
+                           int64_t stride, const void* weight, float eps, void* out){
+    FOR_TYPE(is_bfloat16,
+             norm_rows(path, threads, as<T>(x), m, size, stride, as<T>(weight), eps, as<T>(out)))}
 
 // gate, up [M, size] -> out [M, size]: silu(gate) * up.
 EXPORT void float_swiglu(int path, int threads, int is_bfloat16, const void* gate, const void* up, int64_t m,
-                         int64_t size, int64_t gate_stride, int64_t up_stride, void* out) {
-  FOR_TYPE(is_bfloat16, swiglu_rows(path, threads, as<T>(gate), as<T>(up), m, size, gate_stride, up_stride,
-                                    as<T>(out)))
-}
+                         int64_t size, int64_t gate_stride, int64_t up_stride, void* out){
+    FOR_TYPE(is_bfloat16,
+             swiglu_rows(path, threads, as<T>(gate), as<T>(up), m, size, gate_stride, up_stride, as<T>(out)))}
 
 // x [T, H, size], cos and sin [T, size / 2] -> out [T, H, size]: neighbouring pairs turned.
 EXPORT void float_rotate(int path, int threads, int is_bfloat16, const void* x, int64_t tokens, int64_t heads,
                          int64_t size, int64_t token_stride, int64_t head_stride, const float* cos,
-                         const float* sin, void* out) {
-  FOR_TYPE(is_bfloat16, rotate_rows(path, threads, as<T>(x), tokens, heads, size, token_stride, head_stride,
-                                    cos, sin, as<T>(out)))
-}
+                         const float* sin, void* out){
+    FOR_TYPE(is_bfloat16, rotate_rows(path, threads, as<T>(x), tokens, heads, size, token_stride, head_stride,
+                                      cos, sin, as<T>(out)))}
 
-// rows [num_rows, size], positions and weights [T, slots] -> out [T, size], float or double: products rounded to
-// float, added in slot order in double. A position of num_rows or more adds nothing.
+// rows [num_rows, size], positions and weights [T, slots] -> out [T, size], float or double: products rounded
+// to float, added in slot order in double. A position of num_rows or more adds nothing.
 EXPORT void float_sum_slots(int path, int threads, int is_bfloat16, const void* rows, int64_t num_rows,
                             int64_t size, const int64_t* positions, const float* weights, int64_t tokens,
                             int64_t slots, int is_double, void* out) {
-  FOR_TYPE(is_bfloat16,
-           if (is_double) sum_tokens(path, threads, as<T>(rows), num_rows, size, positions, weights, tokens, slots,
-                                     as<double>(out));
+  FOR_TYPE(is_bfloat16, if (is_double) sum_tokens(path, threads, as<T>(rows), num_rows, size, positions,
+                                                  weights, tokens, slots, as<double>(out));
            else sum_tokens(path, threads, as<T>(rows), num_rows, size, positions, weights, tokens, slots,
                            as<float>(out)))
 }
 
 // x [M, D], weight [E, D] float -> out [M, E] float. Returns 0, or 1 if there is not enough memory.
 EXPORT int float_gate_logits(int path, int threads, int is_bfloat16, const void* x, int64_t m, int64_t size,
-                             const float* weight, int64_t experts, float* out) {
-  FOR_TYPE(is_bfloat16, return !gate_rows(path, threads, as<T>(x), m, size, weight, experts, out))
-}
+                             const float* weight, int64_t experts, float* out){
+    FOR_TYPE(is_bfloat16, return !gate_rows(path, threads, as<T>(x), m, size, weight, experts, out))}
 
 // x [T, H, size], weight [H, columns, size] -> out [T, H, columns]; one of the last two strides of the weight
 // is 1. Returns as float_gate_logits does.
 EXPORT int float_per_head_linear(int path, int threads, int is_bfloat16, const void* x, int64_t tokens,
                                  int64_t heads, int64_t size, int64_t token_stride, int64_t head_stride,
                                  const void* weight, int64_t columns, int64_t weight_stride,
-                                 int64_t column_stride, int64_t size_stride, void* out) {
-  FOR_TYPE(is_bfloat16,
-           return !head_rows<T>(path, threads, as<T>(x), tokens, heads, token_stride, head_stride,
-                                {as<T>(weight), columns, size, column_stride, size_stride}, weight_stride,
-                                as<T>(out)))
-}
+                                 int64_t column_stride, int64_t size_stride, void* out){
+    FOR_TYPE(is_bfloat16,
+             return !head_rows<T>(path, threads, as<T>(x), tokens, heads, token_stride, head_stride,
+                                  {as<T>(weight), columns, size, column_stride, size_stride}, weight_stride,
+                                  as<T>(out)))}
 
 // latent [N, H, C], rope [N, H, R], cache [blocks, block_size, C + R], tables [N, table_stride], lengths [N]
 // -> out [N, H, C]. Returns as float_gate_logits does.
-EXPORT int float_latent_attention(int path, int threads, int is_bfloat16, const void* latent, const void* rope,
-                                  int64_t queries, int64_t heads, int64_t values, int64_t rope_size,
-                                  const void* cache, int64_t block_size, const int64_t* tables,
-                                  int64_t table_stride, const int64_t* lengths, float scale, void* out) {
-  FOR_TYPE(is_bfloat16,
-           return !attend_rows<T>(path, threads, as<T>(latent), as<T>(rope), queries, heads,
-                                  {as<T>(cache), block_size, values, rope_size}, tables, table_stride, lengths,
-                                  scale, as<T>(out)))
-}
+EXPORT
+    int float_latent_attention(int path, int threads, int is_bfloat16, const void* latent, const void* rope,
+                               int64_t queries, int64_t heads, int64_t values, int64_t rope_size,
+                               const void* cache, int64_t block_size, const int64_t* tables,
+                               int64_t table_stride, const int64_t* lengths, float scale, void* out){
+        FOR_TYPE(is_bfloat16, return !attend_rows<T>(path, threads, as<T>(latent), as<T>(rope), queries,
+                                                     heads, {as<T>(cache), block_size, values, rope_size},
+                                                     tables, table_stride, lengths, scale, as<T>(out)))}
 
-// q [T, H, size], k [S, H, size], v [S, H, values] -> out [T, H, values]; strides: of tokens and of heads, of q,
-// k and v. Returns as float_gate_logits does.
+// q [T, H, size], k [S, H, size], v [S, H, values] -> out [T, H, values]; strides: of tokens and of heads, of
+// q, k and v. Returns as float_gate_logits does.
 EXPORT int float_prompt_attention(int path, int threads, int is_bfloat16, const void* q, const void* k,
                                   const void* v, int64_t queries, int64_t heads, int64_t size, int64_t values,
-                                  int64_t start, const int64_t* strides, float scale, void* out) {
-  FOR_TYPE(is_bfloat16,
-           return !prompt_rows<T>(path, threads,
-                                  {as<T>(q), as<T>(k), as<T>(v), queries, heads, size, values, start,
-                                   {strides[0], strides[1]}, {strides[2], strides[3]}, {strides[4], strides[5]}},
-                                  scale, as<T>(out)))
-}
+                                  int64_t start, const int64_t* strides, float scale, void* out){
+    FOR_TYPE(is_bfloat16, return !prompt_rows<T>(path, threads,
+                                                 {as<T>(q),
+                                                  as<T>(k),
+                                                  as<T>(v),
+                                                  queries,
+                                                  heads,
+                                                  size,
+                                                  values,
+                                                  start,
+                                                  {strides[0], strides[1]},
+                                                  {strides[2], strides[3]},
+                                                  {strides[4], strides[5]}},
+                                                 scale, as<T>(out)))}
 
 // latent [T, C] and rope [T, R], rows their strides apart, to slots [T] of cache [blocks, block_size, C + R].
 EXPORT void float_store_latents(int is_bfloat16, void* cache, int64_t values, int64_t rope_size,
-                                const int64_t* slots, int64_t tokens, const void* latent, int64_t latent_stride,
-                                const void* rope, int64_t rope_stride) {
+                                const int64_t* slots, int64_t tokens, const void* latent,
+                                int64_t latent_stride, const void* rope, int64_t rope_stride) {
   FOR_TYPE(is_bfloat16, store_rows<T>({nullptr, 1, values, rope_size}, as<T>(cache), slots, tokens,
                                       as<T>(latent), latent_stride, as<T>(rope), rope_stride))
 }

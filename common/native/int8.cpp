@@ -82,8 +82,7 @@ EXPORT void int8_pack(const int8_t* weight, const float* scales, const int32_t* 
 EXPORT void int8_quantise(int path, int threads, const float* x, int64_t m, int64_t k, int8_t* rows,
                           float* scales) {
   const Path& chosen = path_of(path);
-#pragma omp parallel for num_threads(threads) if (threads > 1 && m > 1)
-  for (int64_t row = 0; row < m; row++) scales[row] = chosen.quantise(x + row * k, k, rows + row * k);
+  for_each(threads, m, [&](int64_t row) { scales[row] = chosen.quantise(x + row * k, k, rows + row * k); });
 }
 
 // rows [M, K], row_scales [M] -> out [M, N]. Returns 0, or 1 if there is not enough memory.
@@ -108,8 +107,8 @@ EXPORT int int8_quantising_linear(int path, int threads, int is_bfloat16, const 
   return 1;
 }
 
-// x [M, D] -> out [M, D], both float or both bfloat16, through one SwiGLU: down(quantised(silu(gate) * up)) of
-// every row, quantised. weights: gate_up [2F, D] and down [D, F]. Returns as int8_linear does.
+// x [M, D] -> out [M, D], both float or both bfloat16, through one SwiGLU: down(quantised(silu(gate) * up))
+// of every row, quantised. weights: gate_up [2F, D] and down [D, F]. Returns as int8_linear does.
 EXPORT int int8_mlp(int path, int threads, int is_bfloat16, const void* x, int64_t m, const Weight* weights,
                     void* out) try {
   const Type type = is_bfloat16 ? kBfloat16 : kFloat;
@@ -120,9 +119,9 @@ EXPORT int int8_mlp(int path, int threads, int is_bfloat16, const void* x, int64
   return 1;
 }
 
-// rows [R, D], row_scales [R], sorted by expert -> out [R, D], float or bfloat16: each row through its expert,
-// down(quantised(silu(gate) * up)). weights: gate_up [2F, D] and down [D, F] of expert 0, of expert 1, ... Returns as
-// int8_linear does.
+// rows [R, D], row_scales [R], sorted by expert -> out [R, D], float or bfloat16: each row through its
+// expert, down(quantised(silu(gate) * up)). weights: gate_up [2F, D] and down [D, F] of expert 0, of expert 1,
+// ... Returns as int8_linear does.
 EXPORT int int8_experts(int path, int threads, const int8_t* rows, const float* row_scales,
                         int64_t num_experts, const int64_t* rows_of_expert, const Weight* weights,
                         int is_bfloat16, void* out) try {

@@ -251,8 +251,11 @@ TARGET void narrow(const float* x, int64_t count, Bfloat16* to) { narrow_row(x, 
 }  // namespace avx512
 #endif
 
-#define PATH(space) \
-  Path { {space::multiply<kIndex + 1>...}, space::sum, space::quantise, space::swiglu, space::widen, space::narrow }
+#define PATH(space)                                                                             \
+  Path {                                                                                        \
+    {space::multiply<kIndex + 1>...}, space::sum, space::quantise, space::swiglu, space::widen, \
+        space::narrow                                                                           \
+  }
 
 template <int... kIndex>
 inline const Path& path_of(int path, std::integer_sequence<int, kIndex...>) {

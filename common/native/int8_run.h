@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "int8_paths.h"
+#include "threads.h"
 
 namespace int8 {
 
@@ -110,9 +111,9 @@ struct Tiles {
 // What a job needs between its stages.
 struct Slot {
   Tiles in, hidden;
-  std::unique_ptr<float[]> wide;         // [tiles, K], where rows are bfloat16
-  std::unique_ptr<float[]> gate_up;      // [rows, 2F padded to whole blocks]
-  std::unique_ptr<int8_t[]> codes[2];    // [rows, K], where rows are not int8 yet, and [rows, F]
+  std::unique_ptr<float[]> wide;       // [tiles, K], where rows are bfloat16
+  std::unique_ptr<float[]> gate_up;    // [rows, 2F padded to whole blocks]
+  std::unique_ptr<int8_t[]> codes[2];  // [rows, K], where rows are not int8 yet, and [rows, F]
 };
 
 enum Stage { kLayOut, kFirst, kActivate, kSecond };
@@ -152,8 +153,7 @@ class Run {
   void run() {
     const Step& last = steps_.back();
     const int threads = static_cast<int>(std::min<int64_t>(threads_, last.first + last.count));
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    work();
+    Helpers::of_process().run(threads, [](void* all) { static_cast<Run*>(all)->work(); }, this);
   }
 
  private:

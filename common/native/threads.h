@@ -1,0 +1,110 @@
+// Runs tasks on a few threads, without waiting for a thread that has not begun.
+//
+// A team of OpenMP meets at the end of its work: a member that waits for a core, because another process
+// computes there, is waited for although nothing is left to do. Router and expert workers of one machine have
+// more threads than cores. Here the caller works too, helpers take what they find, and one that comes too late
+// finds nothing.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <new>
+#include <system_error>
+#include <thread>
+
+// The helpers of a process, made when they are first needed and kept. One caller has them at a time; another
+// one that calls meanwhile works alone.
+class Helpers {
+ public:
+  using Work = void (*)(void* argument);
+
+  // Never destroyed: a helper may sleep in it while the process ends.
+  static Helpers& of_process() {
+    static Helpers* const helpers = new Helpers;
+    return *helpers;
+  }
+
+  // Calls work(argument) here, and on up to `threads - 1` helpers that come in time.
+  void run(int threads, Work work, void* argument) {
+    const std::unique_lock<std::mutex> own(caller_, std::try_to_lock);
+    if (threads < 2 || !own.owns_lock()) return work(argument);
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      try {
+        for (; started_ < threads - 1; started_++) std::thread(&Helpers::serve, this, started_).detach();
+      } catch (const std::system_error&) {
+        // The system has no thread to give: those there are will do.
+      }
+      work_ = work;
+      argument_ = argument;
+      wanted_ = threads - 1;
+      number_++;
+    }
+    wake_.notify_all();
+    work(argument);
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      work_ = nullptr;  // nobody begins any more
+    }
+    while (busy_.load(std::memory_order_acquire)) std::this_thread::yield();
+  }
+
+ private:
+  void serve(int index) {
+    uint64_t seen = 0;
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (true) {
+      wake_.wait(lock, [&] { return number_ != seen; });
+      seen = number_;
+      if (!work_ || index >= wanted_) continue;
+      const Work work = work_;
+      void* const argument = argument_;
+      busy_.fetch_add(1, std::memory_order_relaxed);  // under the lock: before the caller looks
+      lock.unlock();
+      work(argument);
+      busy_.fetch_sub(1, std::memory_order_release);
+      lock.lock();
+    }
+  }
+
+  std::mutex caller_, mutex_;
+  std::condition_variable wake_;
+  Work work_ = nullptr;
+  void* argument_ = nullptr;
+  int started_ = 0, wanted_ = 0;
+  uint64_t number_ = 0;
+  std::atomic<int> busy_{0};
+};
+
+// Calls task(0) ... task(count - 1), each once, in any order.
+template <class Task>
+void for_each(int threads, int64_t count, const Task& task) {
+  struct Tasks {
+    const Task& task;
+    const int64_t count, grain;
+    std::atomic<int64_t> next{0};
+
+    void work() {
+      for (int64_t first; (first = next.fetch_add(grain, std::memory_order_relaxed)) < count;)
+        for (int64_t i = first; i < std::min(first + grain, count); i++) task(i);
+    }
+  } tasks{task, count, std::max<int64_t>(1, count / (8 * std::max(threads, 1)))};
+  if (threads < 2 || count < 2) return tasks.work();
+  Helpers::of_process().run(threads, [](void* all) { static_cast<Tasks*>(all)->work(); }, &tasks);
+}
+
+// Like for_each. Returns whether every task had the memory it asked for.
+template <class Task>
+bool try_each(int threads, int64_t count, const Task& task) {
+  std::atomic<bool> has_memory{true};
+  for_each(threads, count, [&](int64_t i) {
+    try {
+      task(i);
+    } catch (const std::bad_alloc&) {
+      has_memory = false;
+    }
+  });
+  return has_memory;
+}
