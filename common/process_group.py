@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import threading
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -69,6 +70,7 @@ class PairLink:
 
     def __init__(self, group: Any, rank: int, device: Any, transport: str) -> None:
         self.transport = transport
+        self.came_ns = 0
         self._group: Any = group
         self._device = device
         self._peer = 1 - rank
@@ -117,6 +119,7 @@ class PairLink:
         if transfer is None:
             raise LinkError("the link is closed: join a new one")
         transfer.wait()  # a peer that has nothing to say costs nothing: no deadline here
+        self.came_ns = time.monotonic_ns()
         return transfer.buffer
 
     def done(self, message: Tensor) -> None:

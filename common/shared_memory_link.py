@@ -13,6 +13,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections import deque
 
 from torch import Tensor
@@ -20,8 +21,9 @@ from torch import Tensor
 from common.errors import LinkError
 from common.shared_segments import OwnSegments, PeerSegments
 
-_datagram = struct.Struct("=QIHH")
-"""Bytes of the message, its segment (0: there is no message), how many segments were read, and retired."""
+_datagram = struct.Struct("=QQIHH")
+"""When it was posted, bytes of the message, its segment (0: there is no message), how many segments were
+read, and retired."""
 _number = struct.Struct("=I")
 MOST_NUMBERS = 256
 MOST_DATAGRAM = _datagram.size + 2 * MOST_NUMBERS * _number.size
@@ -37,6 +39,7 @@ class SharedMemoryLink:
         """Take over the socket. `transport` says why this kind of link was chosen."""
         connected.setblocking(False)
         self.transport = transport
+        self.came_ns = 0
         self._socket = connected
         self._own = OwnSegments()
         self._peers = PeerSegments()
@@ -116,7 +119,7 @@ class SharedMemoryLink:
     def _packed(self, num_bytes: int, number: int) -> bytes:
         read, self._read = self._read[:MOST_NUMBERS], self._read[MOST_NUMBERS:]
         retired, self._retired = self._retired[:MOST_NUMBERS], self._retired[MOST_NUMBERS:]
-        head = _datagram.pack(num_bytes, number, len(read), len(retired))
+        head = _datagram.pack(time.monotonic_ns(), num_bytes, number, len(read), len(retired))
         return head + b"".join(map(_number.pack, (*read, *retired)))
 
     def _flush(self) -> None:
@@ -161,8 +164,8 @@ class SharedMemoryLink:
         """Read a datagram; the message it announces, if it does. Every number is checked before its use."""
         datagram, fd = came
         head, body = datagram[: _datagram.size], datagram[_datagram.size :]
-        num_bytes, number, num_read, num_retired = (
-            _datagram.unpack(head) if len(head) == _datagram.size else (0, 0, 0, 1)
+        posted_ns, num_bytes, number, num_read, num_retired = (
+            _datagram.unpack(head) if len(head) == _datagram.size else (0, 0, 0, 0, 1)
         )
         if len(body) != (num_read + num_retired) * _number.size or (fd is not None and not number):
             if fd is not None:
@@ -182,6 +185,7 @@ class SharedMemoryLink:
             raise LinkError(
                 f"a message of {num_bytes} bytes came where at most {self._most_bytes} were expected"
             )
+        self.came_ns = posted_ns  # by the same clock: both processes are on one host
         return self._peers.message(number, num_bytes)
 
     def _check_open(self) -> None:

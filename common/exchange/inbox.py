@@ -128,7 +128,7 @@ class Inbox(Generic[ItemT]):
     def _look(self, link: MessageLink, open_message: Opener[ItemT]) -> None:
         try:
             while (message := link.receive()) is not None:
-                self._append(open_message(message, time.monotonic_ns()))
+                self._append(open_message(message, link.came_ns))
             if not link.is_backlogged:
                 self._listen(link, selectors.EVENT_READ)
         except LinkError as error:
@@ -143,7 +143,7 @@ class Inbox(Generic[ItemT]):
         """What the thread of a link does that can only be waited for."""
         try:
             while (message := link.receive()) is not None:
-                self._put_opened(open_message(message, time.monotonic_ns()))
+                self._put_opened(open_message(message, link.came_ns))
         except LinkError as error:
             self._put_opened(open_message(error, time.monotonic_ns()))
 

@@ -12,11 +12,14 @@ class MessageLink(Protocol):
     """Any thread may post; one thread receives. After a LinkError the link is of no further use.
 
     Attributes:
+        came_ns: when the message came that was received last, by this host's monotonic clock; it may have
+            been there for a while.
         transport: what carries the messages, and why where there was a choice: a part of a sentence.
         readable: becomes readable when a message has come; None where a thread has to wait in `receive`.
         is_backlogged: whether something that was posted waits until `readable` can be written to.
     """
 
+    came_ns: int
     transport: str
 
     @property

@@ -239,12 +239,12 @@ ALL_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 @pytest.mark.parametrize(
     ("datagram", "size", "seals", "said"),
     [
-        (struct.pack("=QIHH", 10, 1, 0, 0), 4096, 0, "not sealed"),
-        (struct.pack("=QIHH", 4097, 1, 0, 0), 4096, ALL_SEALS, "do not exist"),
-        (struct.pack("=QIHH", 10, 1, 0, 0), None, 0, "do not exist"),
-        (struct.pack("=QIHHI", 0, 0, 1, 0, 7), None, 0, "segment 7"),
-        (struct.pack("=QIHH", 0, 0, 1, 0), None, 0, "not of this protocol"),
-        (struct.pack("=QIHH", 0, 0, 0, 0), 4096, ALL_SEALS, "not of this protocol"),
+        (struct.pack("=QQIHH", 0, 10, 1, 0, 0), 4096, 0, "not sealed"),
+        (struct.pack("=QQIHH", 0, 4097, 1, 0, 0), 4096, ALL_SEALS, "do not exist"),
+        (struct.pack("=QQIHH", 0, 10, 1, 0, 0), None, 0, "do not exist"),
+        (struct.pack("=QQIHHI", 0, 0, 0, 1, 0, 7), None, 0, "segment 7"),
+        (struct.pack("=QQIHH", 0, 0, 0, 1, 0), None, 0, "not of this protocol"),
+        (struct.pack("=QQIHH", 0, 0, 0, 0, 0), 4096, ALL_SEALS, "not of this protocol"),
         (b"hello", None, 0, "not of this protocol"),
         (bytes(70000), None, 0, "longer"),
     ],
