@@ -60,7 +60,14 @@ class NativeFloats:
         x = _rows(x)
         output = torch.empty(x.shape, dtype=x.dtype)
         self._library.float_rms_norm(
-            *(self._path, torch.get_num_threads(), x.dtype == BFLOAT16, x.data_ptr(), *x.shape, x.stride(0)),
+            *(
+                self._path,
+                torch.get_num_threads(),
+                _is_bfloat16(x, weight),
+                x.data_ptr(),
+                *x.shape,
+                x.stride(0),
+            ),
             *(weight.data_ptr(), eps, output.data_ptr()),
         )
         return output
@@ -70,7 +77,7 @@ class NativeFloats:
         gate, up = _rows(gate), _rows(up)
         output = torch.empty(gate.shape, dtype=gate.dtype)
         self._library.float_swiglu(
-            *(self._path, torch.get_num_threads(), gate.dtype == BFLOAT16, gate.data_ptr(), up.data_ptr()),
+            *(self._path, torch.get_num_threads(), _is_bfloat16(gate, up), gate.data_ptr(), up.data_ptr()),
             *(*gate.shape, gate.stride(0), up.stride(0), output.data_ptr()),
         )
         return output
@@ -81,7 +88,7 @@ class NativeFloats:
         cos, sin = cos.contiguous(), sin.contiguous()
         output = torch.empty(x.shape, dtype=x.dtype)
         self._library.float_rotate(
-            *(self._path, torch.get_num_threads(), x.dtype == BFLOAT16, x.data_ptr(), *x.shape),
+            *(self._path, torch.get_num_threads(), _is_bfloat16(x), x.data_ptr(), *x.shape),
             *(x.stride(0), x.stride(1), cos.data_ptr(), sin.data_ptr(), output.data_ptr()),
         )
         return output
@@ -96,7 +103,7 @@ class NativeFloats:
         rows, position_of, topk_weights = (x.contiguous() for x in (rows, position_of, topk_weights))
         output = torch.empty(position_of.shape[0], rows.shape[1], dtype=dtype)
         self._library.float_sum_slots(
-            *(self._path, torch.get_num_threads(), rows.dtype == BFLOAT16, rows.data_ptr(), *rows.shape),
+            *(self._path, torch.get_num_threads(), _is_bfloat16(rows), rows.data_ptr(), *rows.shape),
             *(position_of.data_ptr(), topk_weights.data_ptr(), *position_of.shape),
             *(dtype == torch.float64, output.data_ptr()),
         )
@@ -107,7 +114,7 @@ class NativeFloats:
         x, weight = x.contiguous(), weight.contiguous()
         output = torch.empty(x.shape[0], weight.shape[0])
         failure = self._library.float_gate_logits(
-            *(self._path, torch.get_num_threads(), x.dtype == BFLOAT16, x.data_ptr(), *x.shape),
+            *(self._path, torch.get_num_threads(), _is_bfloat16(x), x.data_ptr(), *x.shape),
             *(weight.data_ptr(), weight.shape[0], output.data_ptr()),
         )
         _check(failure, x.shape[0])
@@ -119,7 +126,7 @@ class NativeFloats:
         weight = weight if 1 in weight.stride()[1:] else weight.contiguous()
         output = torch.empty(x.shape[0], x.shape[1], weight.shape[1], dtype=x.dtype)
         failure = self._library.float_per_head_linear(
-            *(self._path, torch.get_num_threads(), x.dtype == BFLOAT16, x.data_ptr(), *x.shape),
+            *(self._path, torch.get_num_threads(), _is_bfloat16(x, weight), x.data_ptr(), *x.shape),
             *(x.stride(0), x.stride(1), weight.data_ptr(), weight.shape[1], *weight.stride()),
             output.data_ptr(),
         )
@@ -140,7 +147,7 @@ class NativeFloats:
         block_tables, context_lens = block_tables.contiguous(), context_lens.contiguous()
         output = torch.empty(q_latent.shape, dtype=q_latent.dtype)
         failure = self._library.float_latent_attention(
-            *(self._path, torch.get_num_threads(), q_latent.dtype == BFLOAT16),
+            *(self._path, torch.get_num_threads(), _is_bfloat16(q_latent, q_pe, cache)),
             *(q_latent.data_ptr(), q_pe.data_ptr(), *q_latent.shape, q_pe.shape[2]),
             *(cache.data_ptr(), cache.shape[1], block_tables.data_ptr(), block_tables.shape[1]),
             *(context_lens.data_ptr(), scale, output.data_ptr()),
@@ -156,7 +163,7 @@ class NativeFloats:
         output = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype)
         strides = [x.stride(dim) for x in (q, k, v) for dim in (0, 1)]
         failure = self._library.float_prompt_attention(
-            *(self._path, torch.get_num_threads(), q.dtype == BFLOAT16),
+            *(self._path, torch.get_num_threads(), _is_bfloat16(q, k, v)),
             *(q.data_ptr(), k.data_ptr(), v.data_ptr(), *q.shape, v.shape[2], start),
             *((_SIZE * len(strides))(*strides), scale, output.data_ptr()),
         )
@@ -167,7 +174,7 @@ class NativeFloats:
         """Write rows to their slots: [blocks, block_size, C + R], [T] int64, [T, C], [T, R]."""
         kv_c, k_pe, slots = _rows(kv_c), _rows(k_pe), slot_mapping.contiguous()
         self._library.float_store_latents(
-            *(cache.dtype == BFLOAT16, cache.data_ptr(), kv_c.shape[1], k_pe.shape[1]),
+            *(_is_bfloat16(cache, kv_c, k_pe), cache.data_ptr(), kv_c.shape[1], k_pe.shape[1]),
             *(slots.data_ptr(), len(slots)),
             *(kv_c.data_ptr(), kv_c.stride(0), k_pe.data_ptr(), k_pe.stride(0)),
         )
@@ -190,6 +197,17 @@ def installed() -> NativeFloats | None:
 def _rows(x: Tensor) -> Tensor:
     """Return rows whose elements are neighbours; the rows themselves need not be."""
     return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+
+
+def _is_bfloat16(*tensors: Tensor) -> bool:
+    """Which of the two dtypes all of these have: the kernels get addresses, and cannot see it."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) > 1 or not dtypes <= {torch.float32, BFLOAT16}:
+        raise ValueError(
+            f"tensors of {', '.join(sorted(map(str, dtypes)))} cannot be computed together: give float32 or "
+            "bfloat16 alone"
+        )
+    return BFLOAT16 in dtypes
 
 
 def _check(failure: int, num_rows: int) -> None:

@@ -161,3 +161,12 @@ def test_sums_over_slots_have_the_bits_of_the_loop_over_slots(
         if position < 30:
             expected[token] += (rows[position].float() * weight).double()
     assert torch.equal(kernels.sum_slots(rows, position_of, weights, sums), expected.to(sums))
+
+
+def test_tensors_of_other_dtypes_are_refused_before_their_memory_is_read(kernels: NativeFloats) -> None:
+    x = randn(1, 3, 16)
+    for wrong in (x.double(), x.half()):
+        with pytest.raises(ValueError, match="cannot be computed together: give float32 or bfloat16 alone"):
+            kernels.rms_norm(wrong, wrong[0], 1e-6)
+    with pytest.raises(ValueError, match=r"tensors of torch.bfloat16, torch.float32 cannot be computed"):
+        kernels.swiglu(x, x.bfloat16())
