@@ -122,7 +122,7 @@ class LinksRouterExchange:
             message.capacity_bytes, message.micro_batches = self._capacity, header.micro_batches
             message.pass_rows = header.pass_rows
             message.is_grouped = int(header.is_grouped)
-            self._send(worker, message, (), "begin")
+            self._post(*self._written(worker, message, (), "begin"), "begin")
 
     def dispatch(
         self, layer_id: int, micro_batch: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
@@ -152,9 +152,10 @@ class LinksRouterExchange:
             flight.output = sent.rows.new_empty(sent.rows.shape, dtype=self._shape.dtype)
             for worker in self._workers:
                 outgoing += self._requests_of(worker, flight, sorted_rows, sent)
-        # A message wakes its worker, which then takes turns with this thread: all preparations come before.
-        for each in outgoing:
-            self._send(*each, "dispatch")
+        # A message wakes its worker, which then takes turns with this thread, and may keep it from its core
+        # until it has computed: every message is written before the first one leaves.
+        for worker, message, header in [self._written(*each, "dispatch") for each in outgoing]:
+            self._post(worker, message, header, "dispatch")
         self._record("dispatch", start_ns, "router", layer_id)
         return flight
 
@@ -262,10 +263,18 @@ class LinksRouterExchange:
         request.owner.missing += 1
         self._extend(worker)
 
-    def _send(self, worker: _Worker, header: wire.Header, arrays: tuple[Tensor, ...], phase: str) -> None:
+    def _written(
+        self, worker: _Worker, header: wire.Header, arrays: tuple[Tensor, ...], phase: str
+    ) -> tuple[_Worker, Tensor, wire.Header]:
         try:
             memory = worker.link.message(min(wire.total_bytes(*arrays), self._capacity))
-            worker.link.post(wire.pack(memory, header, *arrays))
+            return worker, wire.pack(memory, header, *arrays), header
+        except LinkError as error:
+            raise self._lost(worker, phase, str(error), header) from error
+
+    def _post(self, worker: _Worker, message: Tensor, header: wire.Header, phase: str) -> None:
+        try:
+            worker.link.post(message)
             worker.unsettled += 1
             if worker.unsettled > MOST_UNSETTLED and not worker.requests:
                 self._settle(worker)

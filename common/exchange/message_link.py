@@ -31,7 +31,10 @@ class MessageLink(Protocol):
         """See above."""
 
     def message(self, num_bytes: int) -> Tensor:
-        """Memory to write the next message into, flat uint8 on the CPU, at least num_bytes long."""
+        """Memory to write a message into, flat uint8 on the CPU, at least num_bytes long.
+
+        Any number of messages may be written before the first of them is posted.
+        """
 
     def post(self, message: Tensor) -> None:
         """Send the front of what `message` returned. Does not wait for the peer. Raises LinkError."""

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common import int8_rows
+from common import int8_rows, native_routing
 from common.errors import MessageError
 from common.exchange.sent_rows import QuantizeRows
 from common.native_floats import NativeFloats, installed
+from common.native_routing import NativeRouting
 from common.replica_choice import replica_of
 
 Layout = tuple[tuple[tuple[int, ...], torch.dtype], ...]
@@ -73,12 +74,14 @@ class LayerTable:
 
     Attributes:
         keys_of: [E, most replicas of any expert] int64 slot keys, in ep_rank order; -1 past the last.
+        first_keys: [E] int64, the first of each expert.
         num_replicas: [E] int64; 0 where no worker holds the expert.
         num_local: experts per worker.
         most_local: M.
     """
 
     keys_of: Tensor
+    first_keys: Tensor
     num_replicas: Tensor
     num_local: tuple[int, ...]
     most_local: int
@@ -137,8 +140,10 @@ def layer_table(owners: Sequence[Sequence[int]]) -> LayerTable:
             keys[expert].append(worker * most + local)
     width = max((len(each) for each in keys), default=0) or 1
     padded = [each + [-1] * (width - len(each)) for each in keys]
+    keys_of = torch.tensor(padded, dtype=torch.int64).view(size, width)
     return LayerTable(
-        torch.tensor(padded, dtype=torch.int64).view(size, width),
+        keys_of,
+        keys_of[:, 0].contiguous(),
         torch.tensor([len(each) for each in keys], dtype=torch.int64),
         tuple(len(own) for own in owners),
         most,
@@ -154,13 +159,18 @@ def place_slots(topk_ids: Tensor, table: LayerTable, row_keys: Tensor | None = N
     Raises:
         MessageError: an expert that no worker holds was chosen.
     """
+    if row_keys is None or not table.has_replicas:
+        native = _native_routing_for(topk_ids)
+        keys = native.place(topk_ids, table.first_keys) if native is not None else None
+        if keys is not None:
+            return keys
     size = table.num_replicas.numel()
     if topk_ids.numel() and not 0 <= int(topk_ids.min()) <= int(topk_ids.max()) < size:
         raise MessageError(
             f"experts {int(topk_ids.min())}..{int(topk_ids.max())} were chosen, which no worker holds"
         )
     if row_keys is None or not table.has_replicas:
-        keys = table.keys_of[topk_ids, 0] if size else topk_ids
+        keys = table.first_keys[topk_ids] if size else topk_ids
     else:
         replica = replica_of(row_keys.unsqueeze(1), table.num_replicas[topk_ids].clamp(min=1))
         keys = table.keys_of[topk_ids, replica]
@@ -171,15 +181,23 @@ def place_slots(topk_ids: Tensor, table: LayerTable, row_keys: Tensor | None = N
 
 def sort_rows(slot_keys: Tensor, table: LayerTable) -> SortedRows:
     """Sort the slots [T, K] by worker and local expert; within one, by token."""
+    native = _native_routing_for(slot_keys)
+    made = native.sort(slot_keys, len(table.num_local), table.most_local) if native is not None else None
+    if made is not None:
+        *tensors, ends = made
+        return SortedRows(*tensors, tuple(ends.tolist()))
     keys = slot_keys.reshape(-1)
     order = torch.argsort(keys, stable=True)
     position_of = torch.empty_like(order)
     position_of[order] = torch.arange(order.numel())
     workers = len(table.num_local)
     counts = torch.bincount(keys, minlength=workers * table.most_local).view(workers, table.most_local)
-    ends = tuple(counts.sum(1).cumsum(0).tolist())
-    top_k = max(slot_keys.shape[1], 1)
-    return SortedRows(order // top_k, position_of.view(slot_keys.shape), counts, ends)
+    return SortedRows(
+        order // max(slot_keys.shape[1], 1),
+        position_of.view(slot_keys.shape),
+        counts,
+        tuple(counts.sum(1).cumsum(0).tolist()),
+    )
 
 
 def local_of(slot_keys: Tensor, first_key: int, num_local: int) -> Tensor:
@@ -248,6 +266,11 @@ def sum_partials(partials: Sequence[Tensor]) -> Tensor:
     for partial in partials[1:]:
         total += partial
     return total.float()
+
+
+def _native_routing_for(slots: Tensor) -> NativeRouting | None:
+    takes = slots.device.type == "cpu" and slots.dtype == torch.int64
+    return native_routing.installed() if takes else None
 
 
 def _native_for(rows: Tensor) -> NativeFloats | None:

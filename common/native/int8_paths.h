@@ -19,6 +19,8 @@ namespace int8 {
 
 constexpr int64_t kOut = 16;   // outputs of a block
 constexpr int64_t kTile = 16;  // most rows of a tile: as many sums as registers hold
+// Fewer rows than this are the only tile of their job: weights are read once, and need not stay in a cache.
+constexpr int64_t kRowsOfHalfTile = kTile / 2;
 constexpr int64_t kPrefetchBytes = 8192;
 
 // Weights are kept as uint8, weight + 128: an instruction that takes unsigned weights can take rows from
@@ -219,7 +221,8 @@ TARGET void multiply(const Tile& tile, const Block& block, float* out, int64_t s
 #pragma GCC unroll 4
     for (int step = 0; step < kStep; step++) {
       const uint8_t* w = block.codes + (group + step) * 64;
-      if (kRows > 4) _mm_prefetch(reinterpret_cast<const char*>(w) + kPrefetchBytes, _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(w) + (kRows > 4 ? kPrefetchBytes : kPrefetchBytes / 2),
+                   kRows < kRowsOfHalfTile ? _MM_HINT_NTA : _MM_HINT_T1);
       const __m512i weights = _mm512_loadu_si512(w);
 #pragma GCC unroll 16
       for (int row = 0; row < kRows; row++)

@@ -7,12 +7,16 @@
 #pragma once
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
 #include <new>
 #include <system_error>
 #include <thread>
+
+// How long a helper gives way and looks again before it sleeps: to wake it takes as long as a small task.
+constexpr std::chrono::microseconds kLook{50};
 
 // The helpers of a process, made when they are first needed and kept. One caller has them at a time; another
 // one that calls meanwhile works alone.
@@ -30,6 +34,7 @@ class Helpers {
   void run(int threads, Work work, void* argument) {
     const std::unique_lock<std::mutex> own(caller_, std::try_to_lock);
     if (threads < 2 || !own.owns_lock()) return work(argument);
+    bool is_asleep;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       try {
@@ -40,9 +45,10 @@ class Helpers {
       work_ = work;
       argument_ = argument;
       wanted_ = threads - 1;
-      number_++;
+      number_.fetch_add(1, std::memory_order_release);
+      is_asleep = asleep_ > 0;
     }
-    wake_.notify_all();
+    if (is_asleep) wake_.notify_all();
     work(argument);
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -56,8 +62,13 @@ class Helpers {
     uint64_t seen = 0;
     std::unique_lock<std::mutex> lock(mutex_);
     while (true) {
-      wake_.wait(lock, [&] { return number_ != seen; });
-      seen = number_;
+      lock.unlock();
+      look_for(seen);
+      lock.lock();
+      asleep_++;
+      wake_.wait(lock, [&] { return number_.load(std::memory_order_relaxed) != seen; });
+      asleep_--;
+      seen = number_.load(std::memory_order_relaxed);
       if (!work_ || index >= wanted_) continue;
       const Work work = work_;
       void* const argument = argument_;
@@ -69,12 +80,19 @@ class Helpers {
     }
   }
 
+  // Returns when there may be work, or nothing came for a while.
+  void look_for(uint64_t seen) const {
+    const auto until = std::chrono::steady_clock::now() + kLook;
+    while (number_.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < until)
+      std::this_thread::yield();
+  }
+
   std::mutex caller_, mutex_;
   std::condition_variable wake_;
   Work work_ = nullptr;
   void* argument_ = nullptr;
-  int started_ = 0, wanted_ = 0;
-  uint64_t number_ = 0;
+  int started_ = 0, wanted_ = 0, asleep_ = 0;
+  std::atomic<uint64_t> number_{0};
   std::atomic<int> busy_{0};
 };
 
