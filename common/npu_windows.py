@@ -1,5 +1,4 @@
-"""Where rows lie in the windows of npu_attention_to_ffn and npu_ffn_to_attention, and how large these are.
-Pure.
+"""Where rows lie in the windows of npu_attention_to_ffn and npu_ffn_to_attention, and their limits. Pure.
 
 A window is device memory that other ranks write to. Both are documented as an info table, and the rows behind
 it from the next multiple of 512 bytes. A worker's: a flag, the layer, then the local expert of every slot of
@@ -51,7 +50,7 @@ class WindowLayout:
         return self.num_tokens * self.top_k
 
     @property
-    def worker_info(self) -> list[int]:
+    def worker_table(self) -> list[int]:
         """ffn_token_info_table_shape."""
         return [1, 1, HEAD_WORDS + self.num_slots]
 
@@ -61,7 +60,7 @@ class WindowLayout:
         return [1, 1, self.num_tokens, self.top_k, self.hidden_size]
 
     @property
-    def router_info(self) -> list[int]:
+    def router_flags(self) -> list[int]:
         """attn_token_info_table_shape, token_info_table_shape."""
         return [1, self.num_tokens, self.top_k]
 

@@ -235,6 +235,7 @@ class CollectiveRouterExchange:
         headers, table = self._rows_headers(step, flight), self._slots.table(flight.layer_id)
         for header, own, num_local in zip(headers, counts, table.num_local, strict=True):
             header.num_rows, header.num_experts, header.is_window = int(own.sum()), num_local, 1
+            header.capacity_bytes = header.num_rows * self._shape.row_bytes
         self._send_metadata(headers, counts)
         replies = window.send(flight.layer_id, hidden_states, slot_keys, table)
         flight.position_of = torch.arange(slot_keys.numel()).view(slot_keys.shape)

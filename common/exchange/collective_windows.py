@@ -140,9 +140,9 @@ class RouterWindow:
                 self._rank_table(layer_id, table),
                 self._group.name,
                 self._group.size,
-                layout.worker_info,
+                layout.worker_table,
                 layout.worker_rows,
-                layout.router_info,
+                layout.router_flags,
                 layout.num_experts,
                 active_mask=is_taking_part.unsqueeze(0).to(self._x.device),
                 sync_flag=ASYNCHRONOUS,
@@ -186,10 +186,10 @@ class WorkerWindow:
     def __init__(self, group: WindowGroup, dtype: torch.dtype) -> None:
         layout = group.layout
         self._group, self._layout, self._dtype = group, layout, dtype
-        self._info = _info_of(group.memory, layout)
+        self._table = _table_of(group.memory, layout)
         self._rows = _rows_of(group, layout.worker_rows_at, layout.hidden_size, dtype)
         self.is_awaiting = False
-        self._zero = torch.zeros(1, dtype=torch.int32, device=self._info.device)
+        self._zero = torch.zeros(1, dtype=torch.int32, device=self._table.device)
 
     def receive(self, counts: Tensor, is_dropped: Callable[[], bool]) -> tuple[Tensor, Tensor]:
         """Wait for the rows that were announced, counts [E_local] of each expert.
@@ -204,18 +204,18 @@ class WorkerWindow:
         self.is_awaiting = True
         deadline = time.monotonic() + CEILING_S
         try:
-            while int(self._info[:1].cpu()) != 1:
+            while int(self._table[:1].cpu()) != 1:
                 if is_dropped() or time.monotonic() > deadline:
                     raise LinkError(f"the windows failed: no rows came within {CEILING_S:.0f} s")
                 time.sleep(POLL_S)
             self.is_awaiting = False
-            experts = self._info[HEAD_WORDS:].cpu().long()
+            experts = self._table[HEAD_WORDS:].cpu().long()
             slots = torch.argsort(experts, stable=True)[int((experts < 0).sum()) :]
             found = torch.bincount(experts[slots], minlength=len(counts))
             if not torch.equal(found, counts):
                 raise MessageError(f"rows per expert {found.tolist()} came, announced were {counts.tolist()}")
             rows = self._rows.index_select(0, slots.to(self._rows.device))
-            _empty(self._info)  # behind the copy, on the same stream
+            _empty(self._table)  # behind the copy, on the same stream
         except RuntimeError as error:
             raise LinkError(f"the windows failed: {first_line(error)}") from error
         return rows, slots
@@ -239,7 +239,7 @@ class WorkerWindow:
                 torch.tensor([len(slots)], dtype=torch.int64).to(device),
                 self._group.name,
                 self._group.size,
-                layout.router_info,
+                layout.router_flags,
                 layout.router_rows,
                 attn_rank_table=self._zero,
             )
@@ -267,7 +267,7 @@ def register(
             group._window_register_and_exchange(num_bytes, [0] if rank else list(range(1, size)))
             memory = group._get_window_mem().view(torch.uint8)
             if rank:
-                _empty(_info_of(memory, layout))
+                _empty(_table_of(memory, layout))
                 memory[:1].cpu()  # it is empty before the router hears of it
             windows = WindowGroup(group, str(group.get_hccl_comm_name(rank)), size, layout, memory)
         except (AttributeError, RuntimeError) as error:
@@ -288,14 +288,14 @@ def _connect(group: Any) -> str:
     return ""
 
 
-def _info_of(memory: Tensor, layout: WindowLayout) -> Tensor:
+def _table_of(memory: Tensor, layout: WindowLayout) -> Tensor:
     return memory[: layout.worker_rows_at].view(torch.int32)[: HEAD_WORDS + layout.num_slots]
 
 
-def _empty(info: Tensor) -> None:
+def _empty(table: Tensor) -> None:
     """Let the router write."""
-    info[HEAD_WORDS:].fill_(NOBODY)
-    info[:HEAD_WORDS].zero_()  # the flag last
+    table[HEAD_WORDS:].fill_(NOBODY)
+    table[:HEAD_WORDS].zero_()  # the flag last
 
 
 def _rows_of(group: WindowGroup, begin: int, columns: int, dtype: torch.dtype) -> Tensor:
