@@ -10,6 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from common import npu_windows
+from common.npu_windows import WindowLayout
+
 HALF_DTYPES = ("bfloat16", "float16")
 
 MOST_SORTED_EXPERTS = 10240
@@ -131,7 +134,11 @@ class ExchangeShape:
     Attributes:
         generation: of the devices, "A2" or "A3".
         num_workers: expert workers of the group; the router is one rank more.
+        n_routed_experts: of the checkpoint, and their replicas.
         most_tokens: tokens of the router in the largest step or micro-batch.
+        dtype: the model's.
+        most_local: most experts of one worker in any layer; None: dealt out evenly.
+        buffer_mb: HCCL_BUFFSIZE, or CANN's default.
     """
 
     generation: str
@@ -140,6 +147,20 @@ class ExchangeShape:
     num_experts_per_tok: int
     hidden_size: int
     most_tokens: int
+    dtype: str = "bfloat16"
+    most_local: int | None = None
+    buffer_mb: int = 200
+
+    @property
+    def windows(self) -> WindowLayout:
+        """The windows that npu_attention_to_ffn would write to, for as many tokens as it takes."""
+        even = -(-self.n_routed_experts // max(self.num_workers, 1))
+        return WindowLayout(
+            max(min(self.most_tokens, npu_windows.MOST_TOKENS), 1),
+            self.num_experts_per_tok,
+            self.hidden_size,
+            self.num_workers * (even if self.most_local is None else self.most_local),
+        )
 
 
 A2_GROUPS = (2, 3, 4, 5, 6, 7, 8, 16, 32, 64, 128, 256)
@@ -197,13 +218,34 @@ def distribute_dispatch(shape: ExchangeShape) -> str | None:
 
 
 def attention_to_ffn(shape: ExchangeShape) -> str | None:
-    """npu_attention_to_ffn and npu_ffn_to_attention: attention ranks and FFN ranks, the router's own shape.
+    """npu_attention_to_ffn and npu_ffn_to_attention: the router is the attention rank, workers are FFN ranks.
 
-    Their limits are not in the package's documentation; what is known is the product they are for.
+    Both take any step that is cut small enough: more tokens than they take go another way. Without the
+    quantisation that the first one offers: it multiplies by 127 / max|x| where npu_dynamic_quant divides by
+    max|x| / 127, and rows would not have the bits of ep_level 1.
     """
+    size, windows = shape.num_workers + 1, shape.windows
+    sizes, most_slots = npu_windows.HIDDEN_SIZES, npu_windows.MOST_SLOTS
     return _first(
         (shape.generation == "A3", f"it is for Atlas A3, not for {shape.generation}"),
-        (shape.num_workers >= 1, "there is no FFN rank"),
+        (size in npu_windows.GROUP_SIZES, f"a group of {size} ranks is not documented"),
+        (
+            shape.dtype in HALF_DTYPES,
+            f"the dtype is {shape.dtype}, and must be one of {', '.join(HALF_DTYPES)}",
+        ),
+        (
+            shape.hidden_size in sizes,
+            f"hidden_size {shape.hidden_size} is not within {sizes[0]}..{sizes[-1]}",
+        ),
+        (windows.top_k <= most_slots, f"top-{windows.top_k} exceeds {most_slots}"),
+        (
+            windows.num_experts <= npu_windows.MOST_EXPERTS,
+            f"{windows.num_experts} places for experts exceed {npu_windows.MOST_EXPERTS}",
+        ),
+        (
+            windows.least_buffer_mb <= shape.buffer_mb,
+            f"HCCL_BUFFSIZE is {shape.buffer_mb}, and must be at least {windows.least_buffer_mb}",
+        ),
     )
 
 
@@ -233,6 +275,10 @@ def _align(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
+ATTENTION_TO_FFN = "npu_attention_to_ffn and npu_ffn_to_attention"
+ALL_TO_ALL_V = "HcclAlltoAllV"
+
+
 @dataclass(frozen=True, slots=True)
 class ExchangeChoice:
     """How rows travel at ep_level 2 on NPUs, and why not otherwise.
@@ -240,10 +286,26 @@ class ExchangeChoice:
     Attributes:
         operator: what runs.
         reasons: a sentence for each fused operator that does not.
+        windows: what the operator writes to; None where it is no fused one.
     """
 
     operator: str
     reasons: tuple[str, ...]
+    windows: WindowLayout | None = None
+
+    @property
+    def text(self) -> str:
+        """What runs and why, for logs, status and preflight."""
+        more = ""
+        if self.windows is not None:
+            more = f" for up to {self.windows.num_tokens} tokens at a time, and {ALL_TO_ALL_V} for others"
+        return f"{self.operator}{more}; {'; '.join(self.reasons)}"
+
+    def without_windows(self) -> ExchangeChoice:
+        """What runs where a rank could not make its window."""
+        why = "a rank could not make its window, and its log says more"
+        reason = f"npu_attention_to_ffn cannot be used, because {why}"
+        return ExchangeChoice(ALL_TO_ALL_V, (reason, *self.reasons))
 
 
 def generation_of(device_name: str) -> str:
@@ -254,13 +316,10 @@ def generation_of(device_name: str) -> str:
 
 
 def choose_exchange(shape: ExchangeShape) -> ExchangeChoice:
-    """Say which operator carries rows at ep_level 2, and why none of the fused ones does."""
-    reasons = []
-    for name, why_not in (
-        ("npu_attention_to_ffn", attention_to_ffn(shape)),
-        ("npu_moe_distribute_dispatch_v2", distribute_dispatch(shape)),
-    ):
-        why = why_not or "it is not built in this version"
-        reasons.append(f"{name} cannot be used, because {why}")
-    reasons[-1] += f" (it would take HCCL_BUFFSIZE={least_buffer_mb(shape)})"
-    return ExchangeChoice("HcclAlltoAllV", tuple(reasons))
+    """Say which operator carries rows at ep_level 2, and why the other fused ones do not."""
+    dispatch = f"npu_moe_distribute_dispatch_v2 cannot be used, because {distribute_dispatch(shape)}"
+    dispatch += f" (it would take HCCL_BUFFSIZE={least_buffer_mb(shape)})"
+    why_not = attention_to_ffn(shape)
+    if why_not is None:
+        return ExchangeChoice(ATTENTION_TO_FFN, (dispatch,), shape.windows)
+    return ExchangeChoice(ALL_TO_ALL_V, (f"npu_attention_to_ffn cannot be used, because {why_not}", dispatch))

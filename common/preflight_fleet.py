@@ -6,9 +6,16 @@ from collections.abc import Iterator
 
 from common.config import Config
 from common.model_config import ModelConfig
+from common.npu_limits import ExchangeShape, choose_exchange
 from common.preflight import Finding
 from common.preflight_group import group_findings
-from common.preflight_npu import ExpertGroup, Generation, dispatch_findings, kernel_findings
+from common.preflight_npu import (
+    DEFAULT_BUFFER_MB,
+    ExpertGroup,
+    Generation,
+    dispatch_findings,
+    kernel_findings,
+)
 from common.rank_table import RankTable
 
 ALL_TO_ALL = 2
@@ -40,6 +47,32 @@ def fixed_findings(
         if config.ep_level == ALL_TO_ALL:
             generation: Generation = "A3" if table is not None and table.is_super_node else "A2"
             yield from dispatch_findings(group, generation, hccl_buffer_mb)
+            yield _carrier(config, model, generation, hccl_buffer_mb)
+
+
+def _carrier(
+    config: Config, model: ModelConfig, generation: Generation, hccl_buffer_mb: int | None
+) -> Finding:
+    """Which operator will carry rows, and why the others will not. Never unmet: one of them always can."""
+    choice = choose_exchange(
+        ExchangeShape(
+            generation,
+            config.moe_ep,
+            model.n_routed_experts + config.redundant_experts,
+            model.num_experts_per_tok,
+            model.hidden_size,
+            config.max_prefill_tokens,
+            model.dtype_name if config.dtype == "auto" else config.dtype,
+            buffer_mb=DEFAULT_BUFFER_MB if hccl_buffer_mb is None else hccl_buffer_mb,
+        )
+    )
+    return Finding(
+        what=f"what carries rows at ep_level 2 on {generation}",
+        needed="nothing else",
+        found=choice.text,
+        is_met=True,
+        remedy="",
+    )
 
 
 def _expert_group(config: Config, model: ModelConfig) -> ExpertGroup:

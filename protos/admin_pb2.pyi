@@ -502,7 +502,9 @@ class ExpertWorkerStatus(_message.Message):
     grouped_matmul: _builtins.str
     """How it runs the experts of a layer, and why: in one fused call, or in one product after another."""
     transport: _builtins.str
-    """What carries its rows: "sharedMemory", "collective", or "links", with the reason where it is on no other."""
+    """What carries its rows: "sharedMemory", "collective", or "links", with the reason where it is on no other; between
+    NPUs also the operators of ep_level 2, and why no others.
+    """
     @_builtins.property
     def last_step(self) -> Global___StepTimes:
         """Seconds its part of the last step spent receiving, computing and replying."""

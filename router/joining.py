@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from common.environment import hccl_buffer_mb
 from common.errors import LinkError
 from common.exchange.collective import CollectiveRouterExchange, join_group
 from common.exchange.link_choice import Meeting, join_worker
 from common.exchange.links import LinksRouterExchange
 from common.exchange.message_link import MessageLink
 from common.exchange.routing import RowShape
-from common.npu_limits import ExchangeShape, choose_exchange, generation_of
+from common.exchange.slot_tables import SlotTables
+from common.npu_limits import ExchangeChoice, ExchangeShape, choose_exchange, generation_of
 from common.placement import Placement
+from common.preflight_npu import DEFAULT_BUFFER_MB
 from common.process_group import StoreServer
 from common.timeline import Timeline
 from router.messages import Connect
-
-logger = logging.getLogger(__name__)
 
 LEAST_WAIT_S = 0.5
 """What the last worker at its address gets, however long the others took."""
@@ -109,7 +109,11 @@ def join_one_group(message: Connect, address: LinkAddress, end: RouterEnd) -> Co
 
     Raises:
         MemberMissing: somebody did not come in time; nobody knows who.
+        ConfigError: HCCL_BUFFSIZE is no number.
     """
+    placement, choice = placement_of(message), None
+    if address.backend == "hccl":
+        choice = _choose(placement, end)
     try:
         group = join_group(
             address.store.host,
@@ -120,15 +124,18 @@ def join_one_group(message: Connect, address: LinkAddress, end: RouterEnd) -> Co
             message.timeout_s,
             address.data_address,
             address.backend,
+            None if choice is None else choice.windows,
         )
     except LinkError as error:
         raise MemberMissing(-1, error) from error
-    if address.backend == "hccl":
-        _say_what_carries_rows(len(message.members), end)
+    if choice is not None:
+        if group.windows is None and choice.windows is not None:
+            choice = choice.without_windows()
+        group = replace(group, transport=f"collective: at ep_level 2 by {choice.text}")
     return CollectiveRouterExchange(
         group,
         _names(message),
-        placement_of(message),
+        placement,
         end.shape,
         end.term,
         _incarnations(message),
@@ -138,17 +145,21 @@ def join_one_group(message: Connect, address: LinkAddress, end: RouterEnd) -> Co
     )
 
 
-def _say_what_carries_rows(num_workers: int, end: RouterEnd) -> None:
-    shape = ExchangeShape(
-        generation_of(torch.get_device_module("npu").get_device_name()),
-        num_workers,
-        end.n_routed_experts,
-        end.shape.num_experts_per_tok,
-        end.shape.hidden_size,
-        end.most_tokens,
+def _choose(placement: Placement, end: RouterEnd) -> ExchangeChoice:
+    buffer_mb = hccl_buffer_mb("npu")
+    return choose_exchange(
+        ExchangeShape(
+            generation_of(torch.get_device_module("npu").get_device_name()),
+            placement.ep_size,
+            end.n_routed_experts,
+            end.shape.num_experts_per_tok,
+            end.shape.hidden_size,
+            end.most_tokens,
+            str(end.shape.dtype).removeprefix("torch."),
+            SlotTables(placement).most_local,
+            DEFAULT_BUFFER_MB if buffer_mb is None else buffer_mb,
+        )
     )
-    choice = choose_exchange(shape)
-    logger.info("at ep_level 2 rows travel by %s: %s", choice.operator, "; ".join(choice.reasons))
 
 
 JOIN: dict[str, Callable[[Connect, LinkAddress, RouterEnd], EpochExchange]] = {

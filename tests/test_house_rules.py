@@ -93,6 +93,7 @@ TORCH_FREE = (
         "common/model_config",
         "common/not_built",
         "common/npu_limits",
+        "common/npu_windows",
         "common/own_address",
         "common/placement",
         "common/section",

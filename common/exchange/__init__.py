@@ -146,7 +146,7 @@ class RouterExchange(Protocol):
         """Send rows to the experts and return at once.
 
         At ALL_TO_ALL, rows of a layer whose experts are all W8A8 are quantised before they leave, once per
-        token: what the experts would do with each of them.
+        token: what the experts would do with each of them, and do where rows come through windows.
 
         Args:
             layer_id: the MoE layer.

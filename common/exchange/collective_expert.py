@@ -22,6 +22,7 @@ from common.exchange import ALL_GATHER, Received, StepHeader, checks, wire
 from common.exchange import collective_message as message
 from common.exchange.arrival import Arrival
 from common.exchange.collective_group import CollectiveGroup, PendingCollective
+from common.exchange.collective_windows import WorkerWindow
 from common.exchange.inbox import Inbox
 from common.exchange.routing import RowShape, expand_rows
 from common.exchange.token_passes import ExpandRows, TokenPasses
@@ -32,10 +33,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class _Arrival(Arrival):
-    """Rows, the router they came from, and the reply once it was computed."""
+    """Rows, the router they came from, their slots in its window, and the reply once it was computed."""
 
     router: _Router | None = None
     reply: Tensor | None = None
+    slots: Tensor | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -50,9 +52,11 @@ class _Router:
     shape: RowShape
     experts: Mapping[int, tuple[int, ...]]
     expand: ExpandRows
+    window: WorkerWindow | None
     step: StepHeader | None = None
     capacity: int = 0
     is_dropped: bool = False
+    is_quiet: bool = False
     unanswered: deque[_Arrival] = field(default_factory=deque)
     replies: deque[PendingCollective] = field(default_factory=deque)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -87,7 +91,9 @@ class CollectiveExpertExchange:
         with self._lock:
             if self._is_closed:
                 raise LinkError("the exchange is closed: no router can be added")
-            router = _Router(self._count, term, epoch, incarnation, group, shape, experts, self._expand)
+            window = None if group.windows is None else WorkerWindow(group.windows, shape.dtype)
+            origin = (self._count, term, epoch, incarnation)
+            router = _Router(*origin, group, shape, experts, self._expand, window)
             self._count += 1
             self._routers.append(router)
         threading.Thread(
@@ -112,15 +118,11 @@ class CollectiveExpertExchange:
         if not isinstance(arrival, _Arrival):
             raise MessageError("these rows were not received by this exchange")
         router = _router_of(arrival)
-        num_words = message.reply_words(arrival.header, router.shape)
         body = arrival.take(output, received, router.shape.dtype)
         if body is None:
             self._arrivals.put_back(arrival)
             return
-        # Packed where the body is: sums in float64 are not where the group's tensors are.
-        reply = torch.empty(num_words, dtype=torch.int64, device=body.device)
-        wire.pack(reply.view(torch.uint8), arrival.header, body)
-        reply = reply.to(router.group.device)
+        reply = _pack(router, arrival, body)
         with router.lock:
             arrival.reply = reply
             try:
@@ -134,11 +136,12 @@ class CollectiveExpertExchange:
         self._drop_all(lambda router: True)
         self._arrivals.close()
 
-    def _drop_all(self, is_wanted: Callable[[_Router], bool]) -> None:
+    def _drop_all(self, is_wanted: Callable[[_Router], bool], is_quiet: bool = False) -> None:
         with self._lock:
             dropped = [router for router in self._routers if is_wanted(router)]
             self._routers = [router for router in self._routers if router not in dropped]
         for router in dropped:
+            router.is_quiet |= is_quiet
             _drop(router)
 
     def _receive_all(self, router: _Router) -> None:
@@ -170,17 +173,23 @@ class CollectiveExpertExchange:
         if header.kind == wire.STEP:
             self._begin(router, header)
         elif header.kind == wire.ROWS:
+            if header.is_window and not header.num_rows:
+                return  # other workers' rows
             arrival = _receive_body(router, header, counts)
             with router.lock:
                 router.unanswered.append(arrival)
             self._arrivals.put(arrival)
         else:
+            router.is_quiet = True
             raise MessageError(f"the router ended the group (message kind {header.kind})")
 
     def _begin(self, router: _Router, header: wire.Header) -> None:
         step = checks.check_step(header, router.step)
         if router.step is None:  # the first header commits the epoch
-            self._drop_all(lambda other: other.term == router.term and other.epoch < router.epoch)
+            # The router has no more rows for older ones.
+            self._drop_all(
+                lambda other: other.term == router.term and other.epoch < router.epoch, is_quiet=True
+            )
         router.step, router.capacity = step, header.capacity_bytes
 
 
@@ -194,6 +203,13 @@ def _receive_body(router: _Router, header: wire.Header, counts: Tensor) -> _Arri
     shape, device, step = router.shape, router.group.device, router.step
     checks.check_rows(header, step, router.experts, shape)
     num_local = len(router.experts[header.layer_id])
+    if header.is_window:
+        checks.check_counts(counts[:num_local], header.num_rows)
+        if router.window is None:
+            raise MessageError("rows were announced in a window, and there is none")
+        rows, slots = router.window.receive(counts[:num_local], lambda: router.is_dropped)
+        origin = (header, rows, None, counts[:num_local], None, time.monotonic_ns())
+        return _Arrival(*origin, router=router, slots=slots)
     message.check_body(header, counts, num_local, shape, router.capacity)
     body = torch.empty(header.capacity_bytes, dtype=torch.uint8, device=device)
     if header.ep_level != ALL_GATHER:
@@ -211,10 +227,23 @@ def _receive_body(router: _Router, header: wire.Header, counts: Tensor) -> _Arri
     return _Arrival(header, None, None, None, passes, received_ns, router=router)
 
 
+def _pack(router: _Router, arrival: _Arrival, body: Tensor) -> Tensor:
+    if arrival.slots is not None and router.window is not None:
+        return router.window.pack(arrival.header, body)
+    # Packed where the body is: sums in float64 are not where the group's tensors are.
+    num_words = message.reply_words(arrival.header, router.shape)
+    reply = torch.empty(num_words, dtype=torch.int64, device=body.device)
+    wire.pack(reply.view(torch.uint8), arrival.header, body)
+    return reply.to(router.group.device)
+
+
 def _send_answered(router: _Router) -> None:
     while not router.is_dropped and router.unanswered and (reply := router.unanswered[0].reply) is not None:
-        router.unanswered.popleft()
-        router.replies.append(router.group.combine.send(reply))
+        slots = router.unanswered.popleft().slots
+        if slots is not None and router.window is not None:
+            router.window.send(reply, slots)
+        else:
+            router.replies.append(router.group.combine.send(reply))
 
 
 def _forget_sent(router: _Router) -> None:
@@ -229,6 +258,7 @@ def _drop(router: _Router) -> None:
         router.is_dropped = True
         pending: list[Any] = [*router.replies, *router.unanswered]
         router.replies.clear()
+        is_quiet = router.is_quiet and not (router.window is not None and router.window.is_awaiting)
         router.unanswered.clear()
-    router.group.close()
+    router.group.close(is_quiet)
     release(pending)

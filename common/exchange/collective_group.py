@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from datetime import timedelta
 from importlib import import_module
 from typing import Any, Protocol
@@ -21,6 +21,8 @@ from torch import Tensor
 from torch._C import _distributed_c10d as dist
 
 from common.errors import LinkError
+from common.exchange.collective_windows import WindowGroup, register
+from common.npu_windows import WindowLayout
 from common.process_group import IDLE, calm_loop_threads, delete_keys, first_line, gloo_device, release
 
 logger = logging.getLogger(__name__)
@@ -162,6 +164,8 @@ class CollectiveGroup:
         size: ranks of every lane.
         device: where the tensors of dispatch and combine must be; those of metadata are on the CPU.
         sums: where sums in float64 are made.
+        windows: what rows travel through where they can, beside dispatch and combine; None: there are none.
+        transport: what carries rows, and why, for people.
     """
 
     metadata: Lane
@@ -170,13 +174,15 @@ class CollectiveGroup:
     size: int
     device: torch.device
     sums: torch.device
+    windows: WindowGroup | None = None
+    transport: str = "collective"
 
     def limit(self, timeout_s: float) -> None:
         """Let every later collective fail after this time."""
         for lane in (self.metadata, self.dispatch, self.combine):
             lane.limit(timedelta(seconds=timeout_s))
 
-    def leave(self, goodbye: Sequence[Tensor] | None) -> None:
+    def leave(self, goodbye: Sequence[Tensor] | None, is_quiet: bool) -> None:
         """Scatter a goodbye, one part for each worker, as far as that goes in GOODBYE_S; then close."""
         try:
             if goodbye is not None:
@@ -185,12 +191,14 @@ class CollectiveGroup:
                 )
         except LinkError as error:
             logger.debug("no goodbye: %s", error)
-        self.close()
+        self.close(is_quiet)
 
-    def close(self) -> None:
-        """Drop all lanes; never blocks."""
+    def close(self, is_quiet: bool = False) -> None:
+        """Drop all lanes; never blocks. `is_quiet`: nobody writes to the windows any more."""
         for lane in (self.metadata, self.dispatch, self.combine):
             lane.close()
+        if self.windows is not None:
+            self.windows.close(is_quiet)
 
 
 class _Opener(Protocol):
@@ -239,6 +247,7 @@ class _Backend:
         device: where the tensors of its collectives must be.
         waits_on_host: False where `wait` only makes the current stream wait.
         sums: where float64 exists; torch_npu computes float32 instead, without an error.
+        has_windows: whether ranks may write to one another's memory, see common.exchange.collective_windows.
     """
 
     open: _Opener
@@ -246,12 +255,13 @@ class _Backend:
     waits_on_host: bool
     sums: str
     name_of: Callable[[Any, int], str] | None = None
+    has_windows: bool = False
 
 
 _BACKENDS = {
     "gloo": _Backend(_open_gloo, "cpu", True, "cpu"),
     "nccl": _Backend(_open_nccl, "cuda", False, "cuda"),
-    "hccl": _Backend(_open_hccl, "npu", False, "cpu", _hccl_name),
+    "hccl": _Backend(_open_hccl, "npu", False, "cpu", _hccl_name, True),
 }
 
 
@@ -264,18 +274,20 @@ def join_group(
     timeout_s: float,
     data_address: str,
     backend: str = "gloo",
+    layout: WindowLayout | None = None,
 ) -> CollectiveGroup:
     """Join the group `prefix` of `size` ranks; rank 0 deletes its keys from the store once all are up.
 
     Args:
         backend: gloo, nccl or hccl.
+        layout: of hccl, said by rank 0: windows for rows, made where every rank can make them.
 
     Raises:
         LinkError: the store or a rank was not there within timeout_s, or this torch lacks the backend.
         KeyError: a backend of another name.
     """
     deadline = time.monotonic() + timeout_s
-    rows, lanes = _BACKENDS[backend], list[Lane]()
+    rows, lanes, windows = _BACKENDS[backend], list[Lane](), None
 
     def left() -> timedelta:
         return timedelta(seconds=max(deadline - time.monotonic(), LEAST_WAIT_S))
@@ -295,11 +307,16 @@ def join_group(
                     "rank %d of %d: the group for %s is %s", rank, size, name, kind.name_of(group, rank)
                 )
             del group  # a lane that is closed must be the last to hold it
+        if rows.has_windows:
+            scoped = dist.PrefixStore(f"{prefix}/windows", store)
+            windows = _join_windows(scoped, rank, size, layout, lanes[0], left, data_address)
         if rank == 0:
             delete_keys(store, prefix)
     except (ImportError, AttributeError, OSError, RuntimeError, LinkError) as error:
         for lane in lanes:
             lane.close()
+        if windows is not None:
+            windows.close(is_quiet=False)
         raise LinkError(
             f"group {prefix} of {size} ranks over {host}:{port} was not made with {backend} within "
             f"{timeout_s:.1f} s: {first_line(error)}"
@@ -307,8 +324,40 @@ def join_group(
     calm_loop_threads()
     metadata, dispatch, combine = lanes
     return CollectiveGroup(
-        metadata, dispatch, combine, size, torch.device(rows.device), torch.device(rows.sums)
+        metadata, dispatch, combine, size, torch.device(rows.device), torch.device(rows.sums), windows
     )
+
+
+def _join_windows(
+    store: dist.Store,
+    rank: int,
+    size: int,
+    layout: WindowLayout | None,
+    metadata: Lane,
+    left: Callable[[], timedelta],
+    data_address: str,
+) -> WindowGroup | None:
+    words = torch.zeros(len(fields(WindowLayout)), dtype=torch.int64)
+    if rank:
+        metadata.receive(words).wait(left().total_seconds())
+        layout = WindowLayout(*words.tolist()) if words.any() else None
+    else:
+        if layout is not None:
+            words = torch.tensor(astuple(layout))
+        metadata.scatter(words.repeat(size - 1), [len(words)] * (size - 1)).wait(left().total_seconds())
+    if layout is None:
+        return None
+
+    def meet(holds: bool) -> bool:
+        return _all_hold(metadata, rank, size, holds, left().total_seconds())
+
+    owned = [_open_hccl(store, rank, size, left(), data_address)]
+    windows = register(owned[0], rank, size, layout, meet)
+    if windows is None:
+        release(owned)
+    else:
+        logger.info("rank %d of %d: the group for windows is %s", rank, size, windows.name)
+    return windows
 
 
 def _meet(lane: Lane, rank: int, size: int, device: str, timeout_s: float) -> None:
@@ -316,6 +365,20 @@ def _meet(lane: Lane, rank: int, size: int, device: str, timeout_s: float) -> No
     words = torch.zeros(size - 1 if rank == 0 else 1, dtype=torch.int64, device=device)
     met = lane.send(words) if rank else lane.gather(words, [1] * (size - 1))
     met.wait(timeout_s)
+
+
+def _all_hold(lane: Lane, rank: int, size: int, holds: bool, timeout_s: float) -> bool:
+    """Whether something holds at every rank, said to all of them; returns once all have come."""
+    word = torch.tensor([int(holds)])
+    if rank:
+        lane.send(word).wait(timeout_s)
+        lane.receive(word).wait(timeout_s)
+        return bool(word)
+    words = torch.zeros(size - 1, dtype=torch.int64)
+    lane.gather(words, [1] * (size - 1)).wait(timeout_s)
+    all_hold = holds and bool(words.all())
+    lane.scatter(torch.full((size - 1,), int(all_hold)), [1] * (size - 1)).wait(timeout_s)
+    return all_hold
 
 
 def _nothing_like(tensor: Tensor) -> Tensor:

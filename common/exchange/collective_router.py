@@ -11,7 +11,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -21,11 +20,13 @@ from torch import Tensor
 from common.errors import LinkError, MessageError, WorkerLost
 from common.exchange import ALL_GATHER, Dispatched, Extra, RowOrigins, StepHeader, wire
 from common.exchange import collective_message as message
+from common.exchange.collective_flight import Arrival, InFlight, Request, wait_all
 from common.exchange.collective_group import CollectiveGroup, PendingCollective
+from common.exchange.collective_windows import RouterWindow, WindowReplies
 from common.exchange.deadline import CEILING_S, Deadline
 from common.exchange.reply_spans import add_reply_spans
 from common.exchange.rounds import cut_rounds
-from common.exchange.routing import RowShape, SortedRows, sort_rows, sum_partials, weighted_sum
+from common.exchange.routing import RowShape, sort_rows, sum_partials, weighted_sum
 from common.exchange.sent_rows import gather_rows
 from common.exchange.silent_worker import Verdict, inquire
 from common.exchange.slot_tables import SlotTables, buffer_rows, count_extra_rounds, message_rows
@@ -37,48 +38,6 @@ LIMIT_S = CEILING_S + 60.0
 """When Gloo gives up by itself: later than any deadline here, soon enough to free what a lost group holds."""
 DEATH_PROBES = 4
 """How often an agent is asked about an executor whose death it may not have noticed yet."""
-
-
-@dataclass(slots=True)
-class _InFlight(Dispatched):
-    """A dispatch whose replies are collected: rows by slot at level 2, one sum per worker at level 1."""
-
-    topk_weights: Tensor
-    output: Tensor
-    sorted_rows: SortedRows | None = None
-    partials: list[Tensor] = field(default_factory=list)
-    missing: int = 0
-
-
-@dataclass(slots=True)
-class _Request:
-    """One round to all workers that was not answered yet.
-
-    Attributes:
-        headers: what each worker was sent.
-        begins: level 2: where each worker's rows begin in the owner's output.
-        words: length of each worker's reply in the buffer.
-    """
-
-    owner: _InFlight
-    headers: list[wire.Header]
-    begins: list[int]
-    words: list[int]
-    buffer: Tensor
-    posted_ns: int
-
-    @property
-    def most_rows(self) -> int:
-        """Rows of the worker that has most to do."""
-        return max(header.num_rows for header in self.headers)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that all workers were sent."""
-        return sum(header.num_bytes + header.capacity_bytes for header in self.headers)
-
-
-Arrival = tuple[LinkError | None, int]
 
 
 class CollectiveRouterExchange:
@@ -113,17 +72,18 @@ class CollectiveRouterExchange:
         self.extra = Extra()
         self._step: StepHeader | None = None
         self._message_rows = 1
-        self._requests: deque[_Request] = deque()
+        self._requests: deque[Request] = deque()
         self._sends: deque[PendingCollective] = deque()
-        self._waits: SimpleQueue[PendingCollective | None] = SimpleQueue()
+        self._waits: SimpleQueue[PendingCollective | WindowReplies | None] = SimpleQueue()
         self._arrivals: SimpleQueue[Arrival] = SimpleQueue()
         self._deadline = Deadline(floor_s)
         self._times = [[0.0, 0.0, 0.0] for _ in names]
         self._is_closed = False
+        self._window = None if group.windows is None else RouterWindow(group.windows, shape.dtype)
         group.limit(LIMIT_S)
         self._sends.append(group.metadata.broadcast(message.opening(self._most_local)))
         threading.Thread(
-            target=_wait_all, args=(self._waits, self._arrivals), name="replies", daemon=True
+            target=wait_all, args=(self._waits, self._arrivals), name="replies", daemon=True
         ).start()
 
     def begin(self, header: StepHeader, origins: Sequence[RowOrigins] = ()) -> None:
@@ -159,7 +119,7 @@ class CollectiveRouterExchange:
         start_ns = time.monotonic_ns()
         num_tokens = hidden_states.shape[0]
         weights = topk_weights.to(self._group.sums)
-        flight = _InFlight(layer_id, micro_batch, num_tokens, weights, hidden_states[:0])
+        flight = InFlight(layer_id, micro_batch, num_tokens, weights, hidden_states[:0])
         try:
             # Sizes are the host's to know: sorting there costs one transfer of a few numbers per token.
             keys = self._slots.place(layer_id, micro_batch, topk_ids.cpu())
@@ -178,17 +138,15 @@ class CollectiveRouterExchange:
         Replies come in the order of dispatch: those of earlier flights are taken in on the way.
         """
         self._check_open()
-        if not isinstance(dispatched, _InFlight):
+        if not isinstance(dispatched, InFlight):
             raise LinkError("these rows were dispatched by another exchange: combine them there")
         start_ns = time.monotonic_ns()
         while dispatched.missing:
             self._take_arrival()
         self._record("wait", start_ns, dispatched.layer_id)
         start_ns = time.monotonic_ns()
-        if dispatched.sorted_rows is not None:
-            combined = weighted_sum(
-                dispatched.output, dispatched.sorted_rows.position_of, dispatched.topk_weights
-            )
+        if dispatched.position_of is not None:
+            combined = weighted_sum(dispatched.output, dispatched.position_of, dispatched.topk_weights)
         elif dispatched.partials:
             combined = sum_partials(dispatched.partials)
         else:  # no tokens, so that nobody was asked
@@ -198,8 +156,8 @@ class CollectiveRouterExchange:
         return combined
 
     def transports(self) -> list[str]:
-        """Per ep_rank, what carries its rows."""
-        return ["collective"] * len(self._names)
+        """Per ep_rank, what carries its rows, and why."""
+        return [self._group.transport] * len(self._names)
 
     def last_step_times(self) -> list[list[float]]:
         """Per ep_rank, seconds of the last step: [receive, compute, reply]."""
@@ -218,7 +176,7 @@ class CollectiveRouterExchange:
         header.ep_level, header.num_tokens = step.ep_level, step.num_tokens
         return header
 
-    def _rows_headers(self, step: StepHeader, flight: _InFlight) -> list[wire.Header]:
+    def _rows_headers(self, step: StepHeader, flight: InFlight) -> list[wire.Header]:
         headers = [self._header(wire.ROWS, ep_rank, step) for ep_rank in range(len(self._names))]
         for header in headers:
             header.layer_id, header.micro_batch = flight.layer_id, flight.micro_batch
@@ -226,7 +184,7 @@ class CollectiveRouterExchange:
         return headers
 
     def _dispatch_tokens(
-        self, step: StepHeader, flight: _InFlight, hidden_states: Tensor, slot_keys: Tensor
+        self, step: StepHeader, flight: InFlight, hidden_states: Tensor, slot_keys: Tensor
     ) -> None:
         headers = self._rows_headers(step, flight)
         most_local = self._slots.table(flight.layer_id).most_local
@@ -238,15 +196,19 @@ class CollectiveRouterExchange:
         self._expect(flight, headers, [])
 
     def _dispatch_rows(
-        self, step: StepHeader, flight: _InFlight, hidden_states: Tensor, slot_keys: Tensor
+        self, step: StepHeader, flight: InFlight, hidden_states: Tensor, slot_keys: Tensor
     ) -> None:
         table = self._slots.table(flight.layer_id)
         sorted_rows = sort_rows(slot_keys, table)
+        window = self._window
+        if window is not None and window.takes(len(hidden_states), step.round_rows, sorted_rows):
+            self._dispatch_by_window(window, step, flight, hidden_states, slot_keys, sorted_rows.counts)
+            return
         count_extra_rounds(self.extra, step, sorted_rows)
         quantizer = self._shape.quantizer(flight.layer_id)
         token_of = sorted_rows.token_of.to(hidden_states.device)
         sent = gather_rows(hidden_states, token_of, quantizer).to(self._group.device)
-        flight.sorted_rows = sorted_rows
+        flight.position_of = sorted_rows.position_of
         flight.output = torch.empty(sent.rows.shape, dtype=self._shape.dtype, device=self._group.sums)
         rounds = cut_rounds(sorted_rows, self._message_rows)
         for index, one in enumerate(rounds):
@@ -261,6 +223,24 @@ class CollectiveRouterExchange:
             self._sends.append(self._group.dispatch.scatter(sent.body(one.parts), splits))
             self._expect(flight, headers, [begin for begin, _ in one.parts])
 
+    def _dispatch_by_window(
+        self,
+        window: RouterWindow,
+        step: StepHeader,
+        flight: InFlight,
+        hidden_states: Tensor,
+        slot_keys: Tensor,
+        counts: Tensor,
+    ) -> None:
+        headers, table = self._rows_headers(step, flight), self._slots.table(flight.layer_id)
+        for header, own, num_local in zip(headers, counts, table.num_local, strict=True):
+            header.num_rows, header.num_experts, header.is_window = int(own.sum()), num_local, 1
+            header.capacity_bytes = header.num_rows * self._shape.row_bytes
+        self._send_metadata(headers, counts)
+        replies = window.send(flight.layer_id, hidden_states, slot_keys, table)
+        flight.position_of = torch.arange(slot_keys.numel()).view(slot_keys.shape)
+        self._post(Request(flight, headers, [], [], flight.output, time.monotonic_ns(), replies), replies)
+
     def _send_metadata(self, headers: list[wire.Header], counts: Tensor | None) -> None:
         while self._sends and self._sends[0].is_done:
             self._sends.popleft().wait()
@@ -270,15 +250,18 @@ class CollectiveRouterExchange:
         ]
         self._sends.append(self._group.metadata.scatter(torch.cat(each), [part.numel() for part in each]))
 
-    def _expect(self, flight: _InFlight, headers: list[wire.Header], begins: list[int]) -> None:
+    def _expect(self, flight: InFlight, headers: list[wire.Header], begins: list[int]) -> None:
         words = [message.reply_words(header, self._shape) for header in headers]
         buffer = torch.empty(sum(words), dtype=torch.int64, device=self._group.device)
-        self._waits.put(self._group.combine.gather(buffer, words))
-        posted_ns = time.monotonic_ns()
+        gathered = self._group.combine.gather(buffer, words)
+        self._post(Request(flight, headers, begins, words, buffer, time.monotonic_ns()), gathered)
+
+    def _post(self, request: Request, wait: PendingCollective | WindowReplies) -> None:
+        self._waits.put(wait)
         if not self._requests:
-            self._deadline.waiting_since_ns = posted_ns
-        self._requests.append(_Request(flight, headers, begins, words, buffer, posted_ns))
-        flight.missing += 1
+            self._deadline.waiting_since_ns = request.posted_ns
+        self._requests.append(request)
+        request.owner.missing += 1
         self._extend()
 
     def _take_arrival(self) -> None:
@@ -293,10 +276,13 @@ class CollectiveRouterExchange:
             return
         if error is not None:
             raise self._broken(error, "combine", layer_id) from error
-        replies = request.buffer.to(self._group.sums)
-        for ep_rank, words in enumerate(replies.split(request.words)):
+        try:
+            parts = self._parts(request)
+        except LinkError as failure:
+            raise self._broken(failure, "combine", layer_id) from failure
+        for ep_rank, part in parts:
             try:
-                self._accept(request, ep_rank, words.view(torch.uint8), arrived_ns)
+                self._accept(request, ep_rank, part, arrived_ns)
             except MessageError as error:
                 raise self._lost(ep_rank, "combine", layer_id, str(error)) from error
         self._requests.popleft()
@@ -304,15 +290,28 @@ class CollectiveRouterExchange:
         self._deadline.learn(request.most_rows, request.posted_ns, arrived_ns)
         self._extend()
 
-    def _accept(self, request: _Request, ep_rank: int, buffer: Tensor, arrived_ns: int) -> None:
-        header, sent, flight = wire.unpack_header(buffer), request.headers[ep_rank], request.owner
-        if header.kind != wire.REPLY or _place_of(header) != _place_of(sent):
+    def _parts(self, request: Request) -> list[tuple[int, Tensor]]:
+        """What each worker has sent: its message, or of rows that came through windows all of their tails."""
+        if request.replies is None:
+            replies = request.buffer.to(self._group.sums)
+            return [
+                (rank, words.view(torch.uint8)) for rank, words in enumerate(replies.split(request.words))
+            ]
+        request.owner.output, tails = request.replies.take()
+        owners = request.replies.owners
+        return [(rank, tails[owners == rank]) for rank in owners.unique().tolist()]
+
+    def _accept(self, request: Request, ep_rank: int, buffer: Tensor, arrived_ns: int) -> None:
+        sent, flight = request.headers[ep_rank], request.owner
+        is_whole = request.replies is None or bool((buffer == buffer[0]).all())
+        header = wire.unpack_header(buffer if request.replies is None else buffer[0])
+        if not is_whole or header.kind != wire.REPLY or _place_of(header) != _place_of(sent):
             raise MessageError(f"no reply was expected that looks like {header}")
         shape = (sent.num_rows, self._shape.hidden_size)
-        if flight.sorted_rows is None:
+        if flight.position_of is None:
             self.extra.passes += header.rounds - 1
             flight.partials.extend(wire.unpack(buffer, header, (shape, torch.float64)))
-        else:
+        elif request.replies is None:
             begin = request.begins[ep_rank]
             rows = wire.unpack(buffer, header, (shape, self._shape.dtype))[0]
             flight.output[begin : begin + sent.num_rows] = rows
@@ -340,11 +339,13 @@ class CollectiveRouterExchange:
         return self._lost(verdict.ep_rank or 0, phase, layer_id, f"{error}; {verdict.cause}")
 
     def _inquire(self, attempts: int) -> Verdict:
-        if self._ask_progress is None:
-            return Verdict(
-                0, f"which worker it was is unknown, this is merely the first of {len(self._names)}"
-            )
-        return inquire(self._ask_progress, len(self._names), attempts)
+        asked = (self._requests[0].asked if self._requests else []) or list(range(len(self._names)))
+        ask = self._ask_progress
+        if ask is None:
+            doubt = f"which worker it was is unknown, this is merely the first of {len(asked)}"
+            return Verdict(asked[0], doubt)
+        verdict = inquire(lambda index: ask(asked[index]), len(asked), attempts)
+        return verdict if verdict.ep_rank is None else Verdict(asked[verdict.ep_rank], verdict.cause)
 
     def _lost(self, ep_rank: int, phase: str, layer_id: int, cause: str) -> WorkerLost:
         num_bytes = sum(request.num_bytes for request in self._requests)
@@ -357,6 +358,9 @@ class CollectiveRouterExchange:
             return
         self._is_closed = True
         self._waits.put(None)
+        if self._window is not None:
+            self._window.close()
+        is_quiet = says_goodbye and not self._requests
         goodbye = None
         if says_goodbye:
             step = self._step or StepHeader(self._term, 0, 0, 0, 0)
@@ -366,7 +370,9 @@ class CollectiveRouterExchange:
         self._sends.clear()
         self._requests.clear()
         release(pending)
-        threading.Thread(target=self._group.leave, args=(goodbye,), name="goodbye", daemon=True).start()
+        threading.Thread(
+            target=self._group.leave, args=(goodbye, is_quiet), name="goodbye", daemon=True
+        ).start()
 
     def _record(self, name: str, start_ns: int, layer_id: int) -> None:
         if self._timeline is not None:
@@ -380,13 +386,3 @@ class CollectiveRouterExchange:
 def _place_of(header: wire.Header) -> tuple[int, ...]:
     origin = (header.term, header.epoch, header.incarnation, header.step_id)
     return (*origin, header.layer_id, header.micro_batch, header.round)
-
-
-def _wait_all(waits: SimpleQueue[PendingCollective | None], arrivals: SimpleQueue[Arrival]) -> None:
-    while (gathered := waits.get()) is not None:
-        try:
-            gathered.wait()
-        except LinkError as error:
-            arrivals.put((error, time.monotonic_ns()))
-            return
-        arrivals.put((None, time.monotonic_ns()))

@@ -30,7 +30,8 @@ class Header:
     `pass_rows` and `is_grouped` are a StepHeader's; `first_key` (ROWS, level 1) is the slot key of the
     worker's first expert; `is_int8` (ROWS, level 2) says that rows are int8 and have scales.
     `capacity_bytes` (STEP) bounds every later message of the step; in a collective's ROWS it is the length of
-    the collective that follows. Stamps (REPLY) are the worker's clock.
+    the collective that follows, or of the rows that come through the worker's window instead: `is_window`
+    (level 2) says so, and they are in the model's dtype. Stamps (REPLY) are the worker's clock.
     """
 
     kind: int
@@ -53,6 +54,7 @@ class Header:
     first_key: int = 0
     is_grouped: int = 1
     is_int8: int = 0
+    is_window: int = 0
     received_ns: int = 0
     compute_start_ns: int = 0
     compute_end_ns: int = 0

@@ -8,6 +8,7 @@ import pytest
 
 from common import npu_limits
 from common.npu_limits import ExchangeShape
+from common.npu_windows import WindowLayout
 
 R1 = ExchangeShape(
     generation="A3",
@@ -83,14 +84,61 @@ def test_a_device_name_tells_the_generation(name: str, generation: str) -> None:
     assert npu_limits.generation_of(name) == generation
 
 
-@pytest.mark.parametrize("generation", ["A2", "A3"])
-def test_the_choice_names_what_runs_and_why_each_fused_operator_does_not(generation: str) -> None:
-    choice = npu_limits.choose_exchange(dataclasses.replace(R1, generation=generation))
-    assert choice.operator == "HcclAlltoAllV"
-    first, second = choice.reasons
-    assert first.startswith("npu_attention_to_ffn cannot be used, because ")
-    assert second.startswith("npu_moe_distribute_dispatch_v2 cannot be used, because ")
-    assert ("not built" in first) == (generation == "A3")
+def test_the_choice_names_what_runs_and_why_each_fused_operator_does_not() -> None:
+    choice = npu_limits.choose_exchange(R1)
+    assert choice.operator == "npu_attention_to_ffn and npu_ffn_to_attention"
+    assert choice.windows == WindowLayout(64, 8, 7168, 256)
+    (dispatch,) = choice.reasons
+    assert dispatch.startswith("npu_moe_distribute_dispatch_v2 cannot be used, because ")
+    large = npu_limits.choose_exchange(dataclasses.replace(R1, most_tokens=8192))
+    assert large.text.startswith(f"{choice.operator} for up to 512 tokens at a time, and HcclAlltoAllV for o")
+    for other in (
+        npu_limits.choose_exchange(dataclasses.replace(R1, generation="A2")),
+        choice.without_windows(),
+    ):
+        assert (other.operator, other.windows) == ("HcclAlltoAllV", None)
+        assert other.reasons[0].startswith("npu_attention_to_ffn cannot be used, because ")
+        assert other.text == f"HcclAlltoAllV; {other.reasons[0]}; {other.reasons[1]}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"generation": "A2"}, "for Atlas A3, not for A2"),
+        ({"num_workers": 768, "n_routed_experts": 768}, "a group of 769 ranks"),
+        ({"num_workers": 0}, "a group of 1 ranks"),
+        ({"dtype": "float32"}, "the dtype is float32"),
+        ({"hidden_size": 1023}, "hidden_size 1023 is not within 1024..8064"),
+        ({"hidden_size": 8192}, "hidden_size 8192"),
+        ({"num_experts_per_tok": 17}, "top-17 exceeds 16"),
+        ({"most_local": 65}, "1040 places for experts exceed 1024"),
+        ({"n_routed_experts": 1025}, "1040 places for experts exceed 1024"),
+        ({"most_tokens": 512, "buffer_mb": 57}, "HCCL_BUFFSIZE is 57, and must be at least 58"),
+        ({"most_tokens": 8192, "buffer_mb": 57}, "HCCL_BUFFSIZE is 57, and must be at least 58"),
+    ],
+)
+def test_windows_are_refused_outside_of_what_their_operators_document(
+    changes: dict[str, object], words: str
+) -> None:
+    assert npu_limits.attention_to_ffn(R1) is None
+    why = npu_limits.attention_to_ffn(dataclasses.replace(R1, **changes))  # type: ignore[arg-type]
+    assert why is not None
+    assert words in why
+
+
+def test_windows_lie_as_documented() -> None:
+    # op-plugin's example for npu_attention_to_ffn: 16 tokens of 8 + 1 slots, 7168 columns, 512 bytes aligned.
+    layout = WindowLayout(16, 9, 7168, 9)
+    assert layout.worker_table == [1, 1, 1 + 1 + 16 * 9]
+    assert layout.worker_rows == [1, 1, 16, 9, 7168]
+    assert layout.worker_rows_at == (4 * (2 + 16 * 9) + 511) // 512 * 512 == 1024
+    assert layout.worker_bytes == 1024 + 2 * 16 * 9 * 7168
+    # And for npu_ffn_to_attention: 8 tokens of 4 + 1 slots, 7168 + 128 columns.
+    layout = WindowLayout(8, 5, 7168, 9)
+    assert layout.router_flags == [1, 8, 5]
+    assert layout.router_rows == [1, 8, 5, 7168 + 128]
+    assert layout.router_rows_at == 512
+    assert layout.router_bytes == 512 + 2 * 8 * 5 * 7296
 
 
 def test_the_buffer_that_dispatch_needs_is_the_documented_figure() -> None:

@@ -210,6 +210,16 @@ def test_a_fleet_on_npus_is_held_against_the_operators_and_the_buffer(
     assert unmet(None, device="npu", ep_level=1) == []
     # Half as many tokens at a time need half the buffer, but for A2's 2 MB.
     assert unmet(least // 2 + 2, device="npu", micro_batches=2) == []
+    on_npus = {"device": "npu", "dtype": "bfloat16"}
+    (carrier,) = [
+        finding.sentence
+        for finding in fixed_findings(config.model_copy(update=on_npus), model, ranks, least)
+        if finding.what.startswith("what carries rows")
+    ]
+    fused = "A3 is npu_attention_to_ffn and npu_ffn_to_attention for up to 512 tokens at a time, and Hccl"
+    assert (fused in carrier) == is_super_node
+    assert ("A2 is HcclAlltoAllV; npu_attention_to_ffn cannot be used, because" in carrier) != is_super_node
+    assert "npu_moe_distribute_dispatch_v2 cannot be used, because" in carrier
     (sentence,) = unmet(least, device="npu", world_size=8)
     assert sentence.startswith(
         "ModelConfig[0].worldSize is 8, but the number of ranks in the rank table (16)"

@@ -84,6 +84,44 @@ def test_what_is_outside_of_the_documented_limits_is_refused_although_torch_npu_
         )
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"x": torch.zeros(1, 4, 1024)}, r"x is torch\.float32"),
+        ({"expert_ids": torch.tensor([[[0, 1], [1, 1], [0, 1], [0, 1]]], dtype=torch.int32)}, "differ"),
+        ({"active_mask": torch.tensor([[True, False, True, True]])}, "come first"),
+        ({"world_size": 769}, "world_size is 769"),
+        ({"ffn_token_info_table_shape": [1, 1, 8]}, "ffn_token_info_table_shape"),
+        ({"expert_rank_table": torch.tensor([[[1, 0, 0]] * 3], dtype=torch.int32)}, "at rank 0"),
+        ({}, "let nobody here into its window"),
+    ],
+)
+def test_the_operator_of_the_windows_is_refused_outside_of_its_documented_limits(
+    changes: dict[str, object], words: str
+) -> None:
+    zero = torch.zeros(1, dtype=torch.int32)
+    given: dict[str, object] = {
+        "x": torch.zeros(1, 4, 1024, dtype=torch.bfloat16),
+        "session_id": zero,
+        "micro_batch_id": zero,
+        "layer_id": zero,
+        "expert_ids": torch.tensor([[[0, 1]] * 4], dtype=torch.int32),
+        "expert_rank_table": torch.tensor([[[1, 1, 0]] * 3], dtype=torch.int32),
+        "group": "no such group",
+        "world_size": 2,
+        "ffn_token_info_table_shape": [1, 1, 2 + 4 * 2],
+        "ffn_token_data_shape": [1, 1, 4, 2, 1024],
+        "attn_token_info_table_shape": [1, 4, 2],
+        "moe_expert_num": 3,
+        "sync_flag": 1,
+        "ffn_start_rank_id": 1,
+        **changes,
+    }
+    on_npu = {name: one.to(NPU) if isinstance(one, torch.Tensor) else one for name, one in given.items()}
+    with pytest.raises(OutsideLimits, match=words):
+        torch.ops.npu.npu_attention_to_ffn(**on_npu)
+
+
 def test_a_process_that_does_not_ask_for_an_npu_does_not_load_torch_npu() -> None:
     script = "import sys, torch; print('torch_npu' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -20,6 +20,10 @@ from tests.npu.model_within_limits import write_within_limits
 
 PROMPT = [100 + 7919 * i % 100000 for i in range(24)]
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 5, "ignore_eos": True, "logprobs": 2}
+WIDE: dict[str, Any] = {"hidden_size": 1024, "vocab_size": 2048}
+"""Wide enough for rows to travel through windows; a small vocabulary, since most of a wide model is that."""
+SMALL_PROMPT = [100 + 79 * i % 1900 for i in range(24)]
+FUSED = "npu_attention_to_ffn and npu_ffn_to_attention for up to 512 tokens"
 VISIBLE = "ASCEND_RT_VISIBLE_DEVICES"
 ROUNDING = 0.15
 """Of a logprob: logits around 8 are rounded to 1/32 in bfloat16, and so is what they are made of."""
@@ -82,18 +86,54 @@ def test_both_levels_answer_as_the_reference_does_and_with_the_same_bits(
     assert_equal_within_rounding(at_level_1, reference)
 
 
-@pytest.mark.parametrize(("how", "ep_level"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 2)])
-def test_a_worker_that_dies_or_stalls_is_missed_in_time_and_the_fleet_serves_again(
-    how: signal.Signals, ep_level: int, tmp_path: Path
+@pytest.mark.parametrize(("family", "is_w8a8"), [("v2", False), ("v3", True)])
+def test_on_a3_rows_travel_through_windows_and_on_a2_they_do_not_with_the_same_bits(
+    family: str, is_w8a8: bool, tmp_path: Path, calls: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = write_within_limits(tmp_path, "v2")
+    model = write_within_limits(tmp_path, family, is_w8a8, **WIDE)
+    with fleet_of(model, "--expert-workers", "0") as on_cpu:
+        reference = generate(on_cpu, SMALL_PROMPT, **GREEDY)
+    answers = []
+    for device, carrier in (("Ascend910_9391", FUSED), ("Ascend910B3", "HcclAlltoAllV; ")):
+        monkeypatch.setenv("FAKE_CANN_SOC", device)
+        with npu_fleet(model, tmp_path) as fleet:
+            switch_to_level_2(fleet)
+            calls.write_text("")
+            answers.append(generate(fleet, SMALL_PROMPT, **GREEDY))
+            for worker in fleet.status().workers:
+                assert worker.transport.startswith(f"collective: at ep_level 2 by {carrier}")
+        seen = set(calls.read_text().splitlines())
+        assert ("aclnnAttentionToFFN" in seen, "HcclAlltoAllV" in seen) == (
+            carrier == FUSED,
+            carrier != FUSED,
+        )
+    (on_a3, on_a2) = answers
+    assert (on_a3.token_ids, on_a3.logprobs) == (on_a2.token_ids, on_a2.logprobs)
+    assert_equal_within_rounding(on_a3, reference)
+
+
+@pytest.mark.parametrize(
+    ("how", "ep_level", "is_wide"),
+    [
+        (signal.SIGKILL, 1, False),
+        (signal.SIGSTOP, 2, False),
+        (signal.SIGKILL, 2, True),
+        (signal.SIGSTOP, 2, True),
+    ],
+)
+def test_a_worker_that_dies_or_stalls_is_missed_in_time_and_the_fleet_serves_again(
+    how: signal.Signals, ep_level: int, is_wide: bool, tmp_path: Path
+) -> None:
+    model = write_within_limits(tmp_path, "v2", **(WIDE if is_wide else {}))
+    prompt = SMALL_PROMPT if is_wide else PROMPT
     with npu_fleet(model, tmp_path) as fleet:
         if ep_level == 2:
             switch_to_level_2(fleet)
-        before = generate(fleet, PROMPT, **GREEDY)
+        assert all((FUSED in worker.transport) == is_wide for worker in fleet.status().workers)
+        before = generate(fleet, prompt, **GREEDY)
         epoch = fleet.status().epoch
         with ThreadPoolExecutor(1) as pool:
-            stream = pool.submit(generate, fleet, PROMPT, **{**GREEDY, "max_tokens": 400})
+            stream = pool.submit(generate, fleet, prompt, **{**GREEDY, "max_tokens": 400})
             fleet.wait_until(lambda status: status.num_requests_running == 1 and status.num_steps > 8)
             fleet.executors()[1].send_signal(how)
             signalled = time.monotonic()
@@ -102,4 +142,4 @@ def test_a_worker_that_dies_or_stalls_is_missed_in_time_and_the_fleet_serves_aga
         assert error.code() == grpc.StatusCode.UNAVAILABLE
         assert time.monotonic() - signalled < 30
         fleet.wait_until(lambda status: status.ready and status.epoch > epoch, 90)
-        assert generate(fleet, PROMPT, **GREEDY).token_ids == before.token_ids
+        assert generate(fleet, prompt, **GREEDY).token_ids == before.token_ids

@@ -204,6 +204,32 @@ def test_an_npu_is_looked_for_where_it_shall_compute(tmp_path: Path) -> None:
     assert about("variables", findings)["found"].startswith('HCCL_BUFFSIZE is "200MB"')
 
 
+@pytest.mark.parametrize(
+    ("is_super_node", "sentence"),
+    [
+        (False, "on A2 is HcclAlltoAllV; npu_attention_to_ffn cannot be used, because it is for Atlas A3"),
+        (True, "on A3 is HcclAlltoAllV; npu_attention_to_ffn cannot be used, because hidden_size 192 is not"),
+    ],
+)
+def test_what_carries_rows_between_npus_is_said_with_the_reason(
+    is_super_node: bool, sentence: str, tmp_path: Path
+) -> None:
+    ranks = table()
+    if is_super_node:
+        ranks["server_list"][0]["device"][0]["super_device_id"] = "0"
+    config = write(
+        tmp_path / "config.json",
+        {"ModelDeployConfig": {"ModelConfig": [{"models": {"deepseekv2": {"ep_level": 2}}}]}},
+    )
+    _, findings = doctor(
+        *("--device", "npu", "--config", config),
+        RANK_TABLE_FILE=str(write(tmp_path / "ranks.json", ranks)),
+    )
+    [found] = [one["found"] for one in findings if "carries rows" in one["found"]]
+    assert found.startswith(f"what carries rows at ep_level 2 {sentence}")
+    assert "npu_moe_distribute_dispatch_v2 cannot be used, because" in found
+
+
 def test_a_driver_that_answers_without_a_torch_for_it_is_named(tmp_path: Path) -> None:
     program(tmp_path, "nvidia-smi", "NVIDIA H100 80GB HBM3, 580.95.05, 81559 MiB")
     status, findings = doctor("--device", "cuda", PATH=with_programs(tmp_path))

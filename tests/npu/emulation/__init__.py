@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tests.npu.emulation import attention, matmul, routing, rows
+from tests.npu.emulation import attention, matmul, routing, rows, windows
 
 EMULATED: dict[str, Callable[..., Any]] = {
+    "npu::npu_attention_to_ffn": windows.attention_to_ffn,
     "npu::npu_dequant_swiglu_quant": rows.dequant_swiglu_quant,
     "npu::npu_dynamic_quant": rows.dynamic_quant,
+    "npu::npu_ffn_to_attention": windows.ffn_to_attention,
     "npu::npu_format_cast": matmul.format_cast,
     "npu::npu_fused_infer_attention_score": attention.fused_infer_attention_score,
     "npu::npu_grouped_matmul": matmul.grouped_matmul,

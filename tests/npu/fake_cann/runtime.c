@@ -6,6 +6,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 enum { SUCCESS = 0, BAD_ALLOCATION = 207001, DEFAULT_STREAM_ID = 0 };
 
@@ -208,22 +210,72 @@ int aclrtEventGetTimestamp(void *handle, uint64_t *time) {
 
 // -------------------------------------------------------------------------------------------------------- memory
 
-static int allocate(void **out, size_t size) {
+static int allocate_host(void **out, size_t size) {
   size = size ? size : 512;
   if (posix_memalign(out, 512, size)) return BAD_ALLOCATION;
   memset(*out, 0xff, size);  // what nobody has written is NaN
   return SUCCESS;
 }
 
-int aclrtMalloc(void **out, size_t size, int policy) { return allocate(out, size); }
-int aclrtMallocAlign32(void **out, size_t size, int policy) { return allocate(out, size); }
-int aclrtMallocHost(void **out, size_t size) { return allocate(out, size); }
-int aclrtMallocHostWithCfg(void **out, uint64_t size, void *config) { return allocate(out, size); }
+// Device memory is a file without a name, so that another process can be let in: see HcclCommExchangeMem.
+typedef struct block {
+  char *begin;
+  size_t size;
+  int fd;
+  struct block *next;
+} block;
+
+static block *blocks;
+
+static int allocate_device(void **out, size_t size) {
+  block *one = calloc(1, sizeof *one);
+  one->size = size ? size : 512;
+  one->fd = memfd_create("fake-npu", MFD_CLOEXEC);
+  if (one->fd < 0 || ftruncate(one->fd, (off_t)one->size)) return BAD_ALLOCATION;
+  one->begin = mmap(NULL, one->size, PROT_READ | PROT_WRITE, MAP_SHARED, one->fd, 0);
+  if (one->begin == MAP_FAILED) return BAD_ALLOCATION;
+  memset(one->begin, 0xff, one->size);
+  pthread_mutex_lock(&lock);
+  one->next = blocks;
+  blocks = one;
+  pthread_mutex_unlock(&lock);
+  *out = one->begin;
+  return SUCCESS;
+}
+
+int file_of(const void *memory, size_t *offset, size_t *size) {
+  int fd = -1;
+  pthread_mutex_lock(&lock);
+  for (block *one = blocks; one; one = one->next)
+    if ((char *)memory >= one->begin && (char *)memory < one->begin + one->size) {
+      fd = one->fd;
+      *offset = (size_t)((char *)memory - one->begin);
+      *size = one->size;
+    }
+  pthread_mutex_unlock(&lock);
+  return fd;
+}
+
+int aclrtMalloc(void **out, size_t size, int policy) { return allocate_device(out, size); }
+int aclrtMallocAlign32(void **out, size_t size, int policy) { return allocate_device(out, size); }
+int aclrtMallocHost(void **out, size_t size) { return allocate_host(out, size); }
+int aclrtMallocHostWithCfg(void **out, uint64_t size, void *config) { return allocate_host(out, size); }
 int aclrtFree(void *memory) {
+  pthread_mutex_lock(&lock);
+  block **at = &blocks, *found;
+  while (*at && (*at)->begin != memory) at = &(*at)->next;
+  if ((found = *at)) *at = found->next;
+  pthread_mutex_unlock(&lock);
+  if (!found) return SUCCESS;
+  munmap(found->begin, found->size);
+  close(found->fd);
+  free(found);
+  return SUCCESS;
+}
+int aclrtFreeHost(void *memory) {
   free(memory);
   return SUCCESS;
 }
-int aclrtFreeHost(void *memory) { return aclrtFree(memory); }
 int aclrtMemcpy(void *target, size_t most, const void *source, size_t size, int kind) {
   if (size) memcpy(target, source, size);
   return SUCCESS;
