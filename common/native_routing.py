@@ -38,8 +38,10 @@ class NativeRouting:
     def sort(
         self, slot_keys: Tensor, num_workers: int, most_local: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:  # [T, K] -> [R], [T, K], [W, M], [W]
-        """Sort slots by their keys, equal ones by token: the token of each row, the row of each slot, rows per
-        key, and one past each worker's last row; None where a key is not below W * M.
+        """Sort slots by their keys, equal ones by token; None where a key is not below W * M.
+
+        Returns:
+            The token of each row, the row of each slot, rows per key, and one past each worker's last row.
         """
         slot_keys = slot_keys.contiguous()
         top_k = max(slot_keys.shape[1], 1)
