@@ -103,6 +103,8 @@ class FakeAgent(fleet_pb2_grpc.ExpertWorkerServiceServicer):
             yield event
 
     async def CheckEpoch(self, request: pb.CheckEpochRequest, context: Any) -> pb.CheckEpochResponse:  # noqa: N802
+        if request.incarnation != self.incarnation:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "another incarnation")
         self.checks.append(request)
         return pb.CheckEpochResponse(refusal=self.refuses)
 

@@ -67,7 +67,7 @@ class AgentLink:
             call.cancel()
 
     async def check_epoch(self, ep_level: int, buffer_bytes: int, timeout_s: float) -> str:
-        """Ask whether the worker would take part in an epoch; why not, empty where it would.
+        """Ask the worker's executor whether it would take part in an epoch; why not, empty where it would.
 
         Raises:
             ControlError: no answer in time, or the worker is another one by now.
@@ -83,18 +83,6 @@ class AgentLink:
         except grpc.aio.AioRpcError as error:
             raise self._error("CheckEpoch", error) from None
         return answer.refusal
-
-    async def check_alive(self, timeout_s: float) -> None:
-        """Make sure that this start of the worker is there and runs.
-
-        Raises:
-            ControlError: it is not, or does not.
-        """
-        answer = await self.heartbeat(timeout_s)
-        if answer.executor_state in (STOPPED, DEAD):
-            raise ControlError(
-                f"the executor of expert worker {self.worker.worker_id} is {answer.executor_state}"
-            )
 
     async def restart_executor(self, reason: str) -> None:
         """Ask for a new executor; the agent then registers again.

@@ -63,6 +63,7 @@ class EpochAttempt:
     Attributes:
         epoch: its number.
         members: by ep_rank.
+        config: what they prepare for.
         failure: why it is over; empty while it is not.
         transports: per ep_rank, what carries its rows; known when it is ready.
     """
@@ -79,10 +80,10 @@ class EpochAttempt:
         """Plan it; `is_beside`: the same members serve another epoch, and the engine waits for CommitTune."""
         self.epoch = epoch
         self.members = members
+        self.config = config
         self.failure = ""
         self.transports: list[str] = []
         self._facts = facts
-        self._config = config
         self._reach = reach
         self._is_beside = is_beside
         self._task: asyncio.Task[None] | None = None
@@ -204,8 +205,8 @@ class EpochAttempt:
                 timeout_s=BESIDE_TIMEOUT_S if self._is_beside else WORKER_LINK_TIMEOUT_S,
                 exchange=facts.exchange,
             ),
-            buffer_bytes=facts.buffer_bytes(self._config),
-            ep_level=self._config.ep_level,
+            buffer_bytes=facts.buffer_bytes(self.config),
+            ep_level=self.config.ep_level,
         )
 
     def _prefixes(self) -> list[str]:

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 
 from common.config import Config
-from common.errors import ConfigError, ControlError
+from common.errors import ConfigError, ControlError, EpochRefused
 from router.front.allowance import Allowance
 from router.front.epoch_attempt import EpochAttempt, EpochFacts, Reach
 from router.front.epoch_plan import Candidate, missing_sentence, place_workers
@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 FIRST_RETRY_DELAY_S = 0.2
 LONGEST_RETRY_DELAY_S = 8.0
-ANSWER_TIMEOUT_S = 2.0
-"""How long a worker's agent may take to say whether it could go on, or still can."""
+ANSWER_TIMEOUT_S = 5.0
+"""How long a worker's executor may take to say whether it could go on, or still can."""
 
 
 class Epochs:
@@ -102,15 +102,7 @@ class Epochs:
         Raises:
             ControlError: one of them does not answer.
         """
-        members = self._members or self._fleet.named(self._next_members() or ())
-        need = self._facts.buffer_bytes(config)
-        answers = await asyncio.gather(
-            *(
-                self._reach.agent_of(worker).check_epoch(config.ep_level, need, ANSWER_TIMEOUT_S)
-                for worker in members
-            )
-        )
-        return {worker.worker_id: why for worker, why in zip(members, answers, strict=True) if why}
+        return await self._ask(self._members or self._fleet.named(self._next_members() or ()), config)
 
     async def prepare_beside(self, config: Config) -> EpochAttempt | None:
         """Have the members of the epoch in force prepare the next, for another configuration, beside it.
@@ -133,22 +125,24 @@ class Epochs:
         return attempt
 
     async def confirm(self, attempt: EpochAttempt | None) -> None:
-        """Hear from every member that what was prepared still stands.
+        """Hear from every member's executor that what was prepared still stands.
 
         Args:
             attempt: what `prepare_beside` returned.
 
         Raises:
+            EpochRefused: a member has changed its mind.
             ControlError: a member or the engine died meanwhile, or an epoch began that was not there before.
         """
         if attempt is None:
             if self._state.is_linked:
                 raise ControlError(f"epoch {self._state.epoch} began meanwhile, try again")
             return
-        agents = [] if attempt.failure else [self._reach.agent_of(worker) for worker in attempt.members]
-        await asyncio.gather(*(agent.check_alive(ANSWER_TIMEOUT_S) for agent in agents))
+        refusals = {} if attempt.failure else await self._ask(attempt.members, attempt.config)
         if attempt.failure:
             raise ControlError(attempt.failure)
+        for worker, reason in refusals.items():
+            raise EpochRefused(worker, reason)
 
     def commit(self, attempt: EpochAttempt | None) -> None:
         """Go on with what was prepared; without it, whatever is being prepared is begun anew."""
@@ -246,6 +240,17 @@ class Epochs:
     def _next_attempt(self, members: list[Worker], config: Config, is_beside: bool) -> EpochAttempt:
         self._last_epoch += 1
         return EpochAttempt(self._facts, self._last_epoch, members, config, self._reach, is_beside)
+
+    async def _ask(self, workers: list[Worker], config: Config) -> dict[str, str]:
+        """Why workers would refuse an epoch, for those who would. Raises ControlError."""
+        need = self._facts.buffer_bytes(config)
+        answers = await asyncio.gather(
+            *(
+                self._reach.agent_of(worker).check_epoch(config.ep_level, need, ANSWER_TIMEOUT_S)
+                for worker in workers
+            )
+        )
+        return {worker.worker_id: why for worker, why in zip(workers, answers, strict=True) if why}
 
     async def _get_ready(self, attempt: EpochAttempt) -> None:
         if self._state.loaded is None:

@@ -6,6 +6,8 @@ old configuration and the old epoch serve; `commit` waits for nothing and cannot
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from common.config import Config
@@ -60,13 +62,9 @@ class Rollout:
         if agreed is None:
             return None
         attempt = None
-        try:
-            if self.epochs is not None:
+        if self.epochs is not None:
+            with _in_its_words():
                 attempt = await self.epochs.prepare_beside(after)
-        except EpochRefused as error:
-            raise _refused([error]) from None
-        except ControlError as error:
-            raise _not_ready(error) from None
         if attempt is None:
             await self._ask_workers(after)
         return Prepared(agreed, attempt)
@@ -75,14 +73,13 @@ class Rollout:
         """Make sure, last of all, that what was prepared still stands.
 
         Raises:
+            ReloadRefused: a worker has changed its mind.
             NotReady: somebody died meanwhile.
         """
         if prepared is None or self.epochs is None:
             return
-        try:
+        with _in_its_words():
             await self.epochs.confirm(prepared.attempt)
-        except ControlError as error:
-            raise _not_ready(error) from None
 
     def commit(self, prepared: Prepared | None) -> None:
         """Let the next step begin the new epoch in the new way, once the configuration is in force."""
@@ -100,17 +97,22 @@ class Rollout:
     async def _ask_workers(self, config: Config) -> None:
         if self.epochs is None:
             return
-        try:
+        with _in_its_words():
             refusals = await self.epochs.ask(config)
-        except ControlError as error:
-            raise _not_ready(error) from None
         if refusals:
             raise _refused([EpochRefused(name, reason) for name, reason in refusals.items()])
 
 
+@contextmanager
+def _in_its_words() -> Iterator[None]:
+    """Say what went wrong as a reload says it."""
+    try:
+        yield
+    except EpochRefused as error:
+        raise _refused([error]) from None
+    except ControlError as error:
+        raise NotReady(f"{error}: {UNCHANGED}", "WORKER_LOST") from None
+
+
 def _refused(errors: list[EpochRefused]) -> ReloadRefused:
     return ReloadRefused({f"expert worker {error.worker}": f"{error}: {UNCHANGED}" for error in errors})
-
-
-def _not_ready(error: ControlError) -> NotReady:
-    return NotReady(f"{error}: {UNCHANGED}", "WORKER_LOST")

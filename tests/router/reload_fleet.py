@@ -58,9 +58,6 @@ class Agent:
         self._check()
         return "no" if self._behaviour == REFUSES else ""
 
-    async def check_alive(self, timeout_s: float) -> None:
-        self._check()
-
     def die(self) -> None:
         self.is_dead = True
 
