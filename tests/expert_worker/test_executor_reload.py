@@ -12,7 +12,7 @@ import torch
 
 from common import process_group
 from common.host_memory import free_memory
-from expert_worker.messages import Check, Checked, Linked, Loaded, Refused
+from expert_worker.messages import Check, Checked, LinkClosed, Linked, Loaded, Refused
 from tests.expert_worker.executor_child import TERM, ExecutorChild, executor, prepare
 from tests.expert_worker.test_executor import ALONE, enter, join, rows_of, step
 from tests.tiny_checkpoint import write_checkpoint
@@ -67,6 +67,20 @@ async def test_what_an_executor_cannot_do_it_refuses_and_goes_on_with_what_it_se
         assert torch.equal(step(following, 4, 4, given), expected)
         router.close()
         following.close()
+
+
+async def test_a_router_that_lets_go_of_an_epoch_says_goodbye_whether_it_was_stepped_or_not(
+    checkpoint: Path,
+) -> None:
+    store = process_group.open_store("127.0.0.1")
+    async with executor() as child:
+        for epoch in (1, 2):
+            router = await enter(child, checkpoint, store, epoch)
+            if epoch == 2:
+                step(router, 2, 1, rows_of(2))
+            router.close()
+            closed = await child.until(LinkClosed)
+            assert (closed.epoch, closed.reason) == (epoch, "the router said goodbye")
 
 
 async def test_an_executor_says_what_it_would_refuse_while_it_loads_waits_and_serves(
