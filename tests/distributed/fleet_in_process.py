@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -44,16 +44,21 @@ def configuration(folder: Path, model: Path, num_workers: int, **own: Any) -> Pa
 
 @asynccontextmanager
 async def fleet(
-    folder: Path, model: Path, num_workers: int, executor_module: str = EXECUTOR_MODULE, **own: Any
+    folder: Path,
+    model: Path,
+    num_workers: int,
+    executor_modules: Sequence[str] = (EXECUTOR_MODULE,),
+    **own: Any,
 ) -> AsyncIterator[Fleet]:
-    """A fleet that is ready."""
+    """A fleet that is ready; its workers take turns with the modules."""
     file = configuration(folder, model, num_workers, **own)
     front = Front(resolve(file))
     running = Fleet(front, await front.listen())
     work = [asyncio.create_task(front.run())]
     for index in range(num_workers):
         overrides = {"ExpertMesh.router": running.addresses["fleet"], "ExpertMesh.workerId": f"w{index}"}
-        agent = Agent(load_config(file, overrides), executor_module)
+        module = executor_modules[index % len(executor_modules)]
+        agent = Agent(load_config(file, overrides), module)
         running.workers.append(agent)
         await agent.listen()
         work.append(asyncio.create_task(agent.run()))

@@ -97,7 +97,7 @@ def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list
 async def test_a_large_group_gives_the_answers_of_one_process_at_both_levels_within_12_gib(
     tmp_path: Path, model: Path, expected: list[list[int]], num_workers: int
 ) -> None:
-    async with forkserver(tmp_path) as server, fleet(tmp_path, model, num_workers, FORKED) as running:
+    async with forkserver(tmp_path) as server, fleet(tmp_path, model, num_workers, (FORKED,)) as running:
         front, address = running.front, running.addresses["grpc"]
         for ep_level in (1, 2, 1):
             front.engine.send(tune(ep_level, tune_id=ep_level, deadline_floor_s=30.0))

@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from expert_worker.executor_link import EXECUTOR_MODULE
 from protos import admin_pb2
 from protos import generation_pb2 as pb
 from router.front.config_version import ConfigVersion
@@ -103,15 +104,18 @@ async def test_a_worker_that_stalls_before_it_has_prepared_is_named(tmp_path: Pa
         assert await stream(running) == expected
 
 
-async def test_a_worker_without_the_memory_refuses_and_no_stream_notices(tmp_path: Path, model: Path) -> None:
-    async with fleet(tmp_path, model, 2, POOR) as running:
+@pytest.mark.parametrize("exchange", ["links", "collective"])
+async def test_a_worker_without_the_memory_refuses_and_no_stream_notices(
+    tmp_path: Path, model: Path, exchange: str
+) -> None:
+    async with fleet(tmp_path, model, 2, (EXECUTOR_MODULE, POOR), exchange=exchange) as running:
         alone = await stream(running, 200)
         running_stream = asyncio.create_task(stream(running, 200))
         await running.until(lambda status: status.num_requests_running == 1)
         document = await with_own(running)
         document["ScheduleConfig"] = {"maxPrefillTokens": 1 << 20}
         would_be = await reload(running, document, dry_run=True)
-        assert len(would_be.refusals) == 2
+        assert would_be.refusals[-1].startswith("expert worker w1 refuses: ")
         for _ in range(3):
             error = await refusal(reload(running, document))
             assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
