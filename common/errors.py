@@ -11,6 +11,7 @@ ExpertMeshError
 ├── VersionConflict        the configuration in force is another than the caller thought
 ├── VersionUnknown         a version of the configuration that is not kept
 ├── ControlError           a peer on the control plane refused or is not there
+│   └── EpochRefused       an expert worker cannot do what an epoch asks for
 └── ExchangeError          the data plane
     ├── LinkError          a link could not be made
     ├── MessageError       a message that does not belong here
@@ -119,6 +120,14 @@ class ControlError(ExpertMeshError):
     """A peer on the control plane refused a call or is not there."""
 
     grpc_status = "FAILED_PRECONDITION"
+
+
+class EpochRefused(ControlError):
+    """A worker cannot do what an epoch asks for, and goes on with what it serves. `worker` is its name."""
+
+    def __init__(self, worker: str, reason: str) -> None:
+        super().__init__(f"expert worker {worker} refuses: {reason}")
+        self.worker = worker
 
 
 class ExchangeError(ExpertMeshError):

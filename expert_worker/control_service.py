@@ -13,7 +13,7 @@ from common.link_probe import Listener, listening, probe
 from common.lldp import device_links
 from common.topology import Link
 from expert_worker.executor_link import ExecutorLink
-from expert_worker.messages import Linked, Loaded, Loading, Prepare, PrepareFailed
+from expert_worker.messages import Linked, Loaded, Loading, Prepare, PrepareFailed, Refused
 from expert_worker.registration import Registration
 from protos import fleet_pb2 as pb
 from protos import fleet_pb2_grpc
@@ -80,8 +80,16 @@ class ControlService(fleet_pb2_grpc.ExpertWorkerServiceServicer):
                     yield pb.PrepareEpochResponse(loaded=pb.Loaded(loaded_bytes=answer.loaded_bytes))
                 case Linked():
                     yield pb.PrepareEpochResponse(linked=pb.Linked())
+                case Refused():
+                    yield pb.PrepareEpochResponse(refused=pb.Refused(reason=answer.reason))
                 case PrepareFailed():
                     raise self._failed(answer)
+
+    async def CheckEpoch(self, request: pb.CheckEpochRequest, context: Context) -> pb.CheckEpochResponse:
+        """Ask the executor whether it could take part in an epoch."""
+        self._check(request.term, request.incarnation)
+        refusal = await self._executor.check(request.term, request.buffer_bytes, request.ep_level)
+        return pb.CheckEpochResponse(refusal=refusal)
 
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: Context) -> pb.HeartbeatResponse:
         """Tell what the executor is doing."""
@@ -159,6 +167,7 @@ class ControlService(fleet_pb2_grpc.ExpertWorkerServiceServicer):
             prefix=link.prefix,
             timeout_s=link.timeout_s,
             buffer_bytes=request.buffer_bytes,
+            ep_level=request.ep_level,
         )
 
     def _failed(self, answer: PrepareFailed) -> ControlError:

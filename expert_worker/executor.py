@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NoReturn
 
@@ -33,7 +33,7 @@ from expert_worker.arithmetic import arithmetic_hash
 from expert_worker.epoch_loading import EpochLoading, Layers
 from expert_worker.joining import JoinGroup, JoinLink
 from expert_worker.kernels import ExpertKernels, load_kernels
-from expert_worker.messages import TO_EXECUTOR, Configure, Forget, LinkClosed, Prepare, Ready
+from expert_worker.messages import TO_EXECUTOR, Check, Configure, Forget, LinkClosed, Prepare, Ready
 from expert_worker.shard import Shard
 from expert_worker.step_loop import serve
 
@@ -50,29 +50,38 @@ class EpochTables:
 
     def __init__(self) -> None:
         self._layers: dict[tuple[int, int], Layers] = {}
+        self._buffer_bytes: dict[tuple[int, int], int] = {}
         self._in_force: dict[int, int] = {}
         self._lock = threading.Lock()
 
-    def add(self, term: int, epoch: int, layers: Layers) -> None:
-        """Know the experts of an epoch that is prepared."""
+    def add(self, term: int, epoch: int, layers: Layers, buffer_bytes: int) -> None:
+        """Know the experts of an epoch that is prepared, and what it may take beside their weights."""
         with self._lock:
             self._layers[term, epoch] = layers
+            self._buffer_bytes[term, epoch] = buffer_bytes
+
+    def buffer_bytes(self, term: int) -> int:
+        """What the epoch in force has for its buffers already; 0 without one, or before its first rows."""
+        with self._lock:
+            return self._buffer_bytes.get((term, self._in_force.get(term, 0)), 0)
 
     def forget(self, term: int) -> None:
         """A router is gone: let go of its epochs."""
         with self._lock:
             self._in_force.pop(term, None)
-            self._layers = {key: layers for key, layers in self._layers.items() if key[0] != term}
+            self._keep(lambda of_term, _: of_term != term)
 
     def layers(self, term: int, epoch: int) -> Layers:
         """The experts of an epoch. Its first rows mean that it is in force: older ones are let go."""
         with self._lock:
             if self._in_force.get(term) != epoch:
                 self._in_force[term] = epoch
-                self._layers = {
-                    key: layers for key, layers in self._layers.items() if key[0] != term or key[1] >= epoch
-                }
+                self._keep(lambda of_term, number: of_term != term or number >= epoch)
             return self._layers[term, epoch]
+
+    def _keep(self, is_wanted: Callable[[int, int], bool]) -> None:
+        for key in [key for key in self._layers if not is_wanted(*key)]:
+            del self._layers[key], self._buffer_bytes[key]
 
 
 class Executor:
@@ -128,7 +137,12 @@ class Executor:
     ) -> EpochLoading:
         shard = Shard(kernels, device)
         loading = EpochLoading(
-            shard, joining, self._tables.add, self._channel.send, partial(free_memory, configure.device)
+            shard,
+            joining,
+            self._tables.add,
+            self._channel.send,
+            partial(free_memory, configure.device),
+            self._tables.buffer_bytes,
         )
         self._channel.send(Ready(str(device), arithmetic_hash(kernels, device)))
         return loading
@@ -152,6 +166,8 @@ class Executor:
                 match message:
                     case Prepare():
                         loading.prepare(message)
+                    case Check():
+                        loading.check(message)
                     case Forget():
                         loading.forget(message.term)
                         joining.exchange.forget(message.term)

@@ -14,6 +14,8 @@ from common.kept_child import KeptChild, Kind
 from common.progress_counter import ProgressCounter
 from expert_worker.messages import (
     TO_AGENT,
+    Check,
+    Checked,
     Configure,
     Forget,
     LinkClosed,
@@ -23,6 +25,7 @@ from expert_worker.messages import (
     Prepare,
     PrepareFailed,
     Ready,
+    Refused,
 )
 
 logger = logging.getLogger(__name__)
@@ -33,7 +36,7 @@ GRACE_S = 3.0
 # Incarnations travel as signed 64-bit words in the headers of the links.
 INCARNATION_BITS = 62
 
-PrepareAnswer = Loading | Loaded | Linked | PrepareFailed
+PrepareAnswer = Loading | Loaded | Linked | Refused | PrepareFailed
 
 
 class ExecutorLink:
@@ -57,6 +60,8 @@ class ExecutorLink:
         self._activity = STARTING
         self._progress = ProgressCounter.create()
         self._answers: asyncio.Queue[PrepareAnswer | ControlError] | None = None
+        self._checks: dict[int, asyncio.Future[str]] = {}
+        self._last_check = 0
         kind = Kind("the executor", module, TO_AGENT, Ready)
         self._kept = KeptChild(kind, self._begin, self._take, self._ended, self._progress)
 
@@ -107,7 +112,7 @@ class ExecutorLink:
         return self.incarnation
 
     async def prepare(self, message: Prepare) -> AsyncIterator[PrepareAnswer]:
-        """Ask for an epoch and follow it; ends after Linked or PrepareFailed.
+        """Ask for an epoch and follow it; ends after Linked, Refused or PrepareFailed.
 
         Raises:
             ControlError: the executor ended, or a later epoch was asked for.
@@ -124,11 +129,29 @@ class ExecutorLink:
                     raise answer
                 if (answer.term, answer.epoch) == (message.term, message.epoch):
                     yield answer
-                    if isinstance(answer, Linked | PrepareFailed):
+                    if isinstance(answer, Linked | Refused | PrepareFailed):
                         return
         finally:
             if self._answers is answers:
                 self._answers = None
+
+    async def check(self, term: int, buffer_bytes: int, ep_level: int) -> str:
+        """Ask whether an epoch with these needs would be refused; why, empty where it would not.
+
+        Raises:
+            ControlError: there is no executor that could say, or it ended.
+        """
+        if self.ready is None:
+            raise ControlError("the executor is being started: try again")
+        self._last_check += 1
+        number, answer = self._last_check, asyncio.get_running_loop().create_future()
+        self._checks[number] = answer
+        self._kept.send(Check(number, term, buffer_bytes, ep_level))
+        try:
+            refusal: str = await answer
+        finally:
+            del self._checks[number]
+        return refusal
 
     def forget(self, term: int) -> None:
         """A router is gone."""
@@ -156,9 +179,13 @@ class ExecutorLink:
             case Linked():
                 self._activity = READY
                 self._answer(message)
-            case PrepareFailed():
+            case Refused() | PrepareFailed():
                 self._activity = IDLE
                 self._answer(message)
+            case Checked():
+                answer = self._checks.get(message.check_id)
+                if answer is not None and not answer.done():
+                    answer.set_result(message.refusal)
 
     def _answer(self, message: PrepareAnswer) -> None:
         if self._answers is not None:
@@ -169,3 +196,6 @@ class ExecutorLink:
         self.ready, self.loaded_bytes = None, 0
         if self._answers is not None:
             self._answers.put_nowait(ControlError(why))
+        for check in self._checks.values():
+            if not check.done():
+                check.set_exception(ControlError(why))

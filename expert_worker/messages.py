@@ -37,6 +37,7 @@ class Prepare:
         exchange, host, port, prefix, timeout_s: how rows arrive, and where the link to the router is agreed
             on (fleet.proto, LinkAddress).
         buffer_bytes: what is needed beside the weights.
+        ep_level: the exchange the epoch is to begin with; 0: not said.
     """
 
     term: int
@@ -54,6 +55,22 @@ class Prepare:
     prefix: str
     timeout_s: float
     buffer_bytes: int
+    ep_level: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Could the executor take part in an epoch of a router with these needs? Answered by Checked.
+
+    Attributes:
+        check_id: what the answer calls it.
+        buffer_bytes, ep_level: as in Prepare.
+    """
+
+    check_id: int
+    term: int
+    buffer_bytes: int
+    ep_level: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +124,27 @@ class Linked:
 
 
 @dataclass(frozen=True, slots=True)
+class Refused:
+    """All weights are in memory, but the executor cannot do what the epoch asks for; nothing has changed.
+
+    Attributes:
+        reason: one sentence.
+    """
+
+    term: int
+    epoch: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """Answers Check. `refusal`: why it could not, empty where it could."""
+
+    check_id: int
+    refusal: str
+
+
+@dataclass(frozen=True, slots=True)
 class PrepareFailed:
     """The epoch cannot be prepared; links and weights in force are untouched.
 
@@ -129,5 +167,5 @@ class LinkClosed:
     reason: str
 
 
-TO_EXECUTOR = by_name(Configure, Prepare, Forget, Shutdown)
-TO_AGENT = by_name(Ready, Loading, Loaded, Linked, PrepareFailed, LinkClosed, Fatal)
+TO_EXECUTOR = by_name(Configure, Prepare, Check, Forget, Shutdown)
+TO_AGENT = by_name(Ready, Loading, Loaded, Linked, Refused, Checked, PrepareFailed, LinkClosed, Fatal)

@@ -48,6 +48,7 @@ class Shard:
         self._source: ShardSource | None = None
         self._experts: dict[Expert, PackedExperts | PackedInt8Experts] = {}
         self._num_bytes: dict[Expert, int] = {}
+        self._layers: dict[int, LayerExperts] = {}
         self._is_fused = False
         self.loaded_bytes = 0
 
@@ -55,6 +56,12 @@ class Shard:
     def device(self) -> str:
         """Where the experts are: "cpu", "cuda:0"."""
         return str(self._device)
+
+    def holds(self, source: ShardSource, experts: Mapping[int, tuple[int, ...]]) -> bool:
+        """Whether these experts, and no others, are in memory: `hold` would return at once."""
+        return source == self._source and experts == {
+            layer_id: layer.expert_ids for layer_id, layer in self._layers.items()
+        }
 
     def hold(
         self,
@@ -74,6 +81,10 @@ class Shard:
         Raises:
             CheckpointError: an expert is missing, or not of the shape config.json says.
         """
+        if self.holds(source, experts):
+            on_progress(self.loaded_bytes, self.loaded_bytes)
+            return self._layers
+        self._layers = {}
         reader = _ExpertReader(source, experts)
         self._let_go(set(reader.wanted) if source == self._source else set())
         self._source = source
@@ -89,6 +100,7 @@ class Shard:
         layers = {layer_id: self._layer(layer_id, own) for layer_id, own in experts.items()}
         held = [layer for layer in layers.values() if layer.num_local_experts]
         self._is_fused = bool(held) and all(layer.is_fused for layer in held)
+        self._layers = layers
         return layers
 
     def describe_grouped_matmul(self) -> str:

@@ -13,8 +13,8 @@ from expertmesh.call_errors import error_from
 from expertmesh.client import CALL_TIMEOUT_S, CHANNEL_OPTIONS
 from protos import admin_pb2, admin_pb2_grpc
 
-RELOAD_TIMEOUT_S = 60.0
-"""Longer than the router waits for its engine."""
+RELOAD_TIMEOUT_S = 90.0
+"""Longer than the router waits for its engine and its expert workers, one after the other."""
 
 
 class AdminClient:

@@ -87,7 +87,7 @@ class ReloadConfigRequest(_message.Message):
     config_json: _builtins.str
     """The whole document, in the layout of the configuration file."""
     dry_run: _builtins.bool
-    """Say what would happen, and change nothing."""
+    """Say what would happen, and change nothing: the engine and the expert workers are asked too, but prepare nothing."""
     expected_version: _builtins.int
     """Refuse where another version is in force."""
     def __init__(
@@ -383,7 +383,7 @@ class GetStatusResponse(_message.Message):
     not_ready_reason: _builtins.str
     """One sentence that says why not, empty when ready."""
     epoch: _builtins.int
-    """The membership in force; 0 before the first."""
+    """The membership and configuration in force on the expert workers; 0 before the first."""
     term: _builtins.int
     """This router's term; a new one with every start."""
     config_version: _builtins.int

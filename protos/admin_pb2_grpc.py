@@ -84,13 +84,15 @@ class AdminServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ReloadConfig(self, request, context):
-        """Puts another configuration in force, between two steps, completely or not at all.
+        """Puts another configuration in force, between two steps, completely or not at all. What acts on steps is in force
+        with a new epoch, which every expert worker has prepared.
 
         INVALID_ARGUMENT: no JSON, or a bad value; google.rpc.BadRequest names the JSON path of each.
         ABORTED: another version is in force than expected_version.
-        FAILED_PRECONDITION: keys differ that cannot change while the services run, or the engine refuses;
-        google.rpc.PreconditionFailure has one violation for each.
-        UNAVAILABLE: the engine does not answer, or the version could not be written. Nothing has changed.
+        FAILED_PRECONDITION: keys differ that cannot change while the services run, or the engine or an expert worker
+        refuses; google.rpc.PreconditionFailure has one violation for each.
+        UNAVAILABLE: the engine or an expert worker died or does not answer, or the version could not be written.
+        Nothing has changed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

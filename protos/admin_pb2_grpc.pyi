@@ -36,13 +36,15 @@ class AdminServiceStub:
     GetConfig: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetConfigRequest, _admin_pb2.GetConfigResponse]
     """The configuration in force."""
     ReloadConfig: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ReloadConfigRequest, _admin_pb2.ReloadConfigResponse]
-    """Puts another configuration in force, between two steps, completely or not at all.
+    """Puts another configuration in force, between two steps, completely or not at all. What acts on steps is in force
+    with a new epoch, which every expert worker has prepared.
 
     INVALID_ARGUMENT: no JSON, or a bad value; google.rpc.BadRequest names the JSON path of each.
     ABORTED: another version is in force than expected_version.
-    FAILED_PRECONDITION: keys differ that cannot change while the services run, or the engine refuses;
-    google.rpc.PreconditionFailure has one violation for each.
-    UNAVAILABLE: the engine does not answer, or the version could not be written. Nothing has changed.
+    FAILED_PRECONDITION: keys differ that cannot change while the services run, or the engine or an expert worker
+    refuses; google.rpc.PreconditionFailure has one violation for each.
+    UNAVAILABLE: the engine or an expert worker died or does not answer, or the version could not be written.
+    Nothing has changed.
     """
     ListConfigVersions: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListConfigVersionsRequest, _admin_pb2.ListConfigVersionsResponse]
     """The versions that are kept, newest first."""
@@ -65,13 +67,15 @@ class AdminServiceAsyncStub(AdminServiceStub):
     GetConfig: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetConfigRequest, _admin_pb2.GetConfigResponse]  # type: ignore[assignment]
     """The configuration in force."""
     ReloadConfig: _aio.UnaryUnaryMultiCallable[_admin_pb2.ReloadConfigRequest, _admin_pb2.ReloadConfigResponse]  # type: ignore[assignment]
-    """Puts another configuration in force, between two steps, completely or not at all.
+    """Puts another configuration in force, between two steps, completely or not at all. What acts on steps is in force
+    with a new epoch, which every expert worker has prepared.
 
     INVALID_ARGUMENT: no JSON, or a bad value; google.rpc.BadRequest names the JSON path of each.
     ABORTED: another version is in force than expected_version.
-    FAILED_PRECONDITION: keys differ that cannot change while the services run, or the engine refuses;
-    google.rpc.PreconditionFailure has one violation for each.
-    UNAVAILABLE: the engine does not answer, or the version could not be written. Nothing has changed.
+    FAILED_PRECONDITION: keys differ that cannot change while the services run, or the engine or an expert worker
+    refuses; google.rpc.PreconditionFailure has one violation for each.
+    UNAVAILABLE: the engine or an expert worker died or does not answer, or the version could not be written.
+    Nothing has changed.
     """
     ListConfigVersions: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListConfigVersionsRequest, _admin_pb2.ListConfigVersionsResponse]  # type: ignore[assignment]
     """The versions that are kept, newest first."""
@@ -103,13 +107,15 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.ReloadConfigRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.ReloadConfigResponse, _abc.Awaitable[_admin_pb2.ReloadConfigResponse]]:
-        """Puts another configuration in force, between two steps, completely or not at all.
+        """Puts another configuration in force, between two steps, completely or not at all. What acts on steps is in force
+        with a new epoch, which every expert worker has prepared.
 
         INVALID_ARGUMENT: no JSON, or a bad value; google.rpc.BadRequest names the JSON path of each.
         ABORTED: another version is in force than expected_version.
-        FAILED_PRECONDITION: keys differ that cannot change while the services run, or the engine refuses;
-        google.rpc.PreconditionFailure has one violation for each.
-        UNAVAILABLE: the engine does not answer, or the version could not be written. Nothing has changed.
+        FAILED_PRECONDITION: keys differ that cannot change while the services run, or the engine or an expert worker
+        refuses; google.rpc.PreconditionFailure has one violation for each.
+        UNAVAILABLE: the engine or an expert worker died or does not answer, or the version could not be written.
+        Nothing has changed.
         """
 
     @_abc_1.abstractmethod

@@ -142,6 +142,7 @@ class PrepareEpochRequest(_message.Message):
     LINK_FIELD_NUMBER: _builtins.int
     INT8_LAYERS_FIELD_NUMBER: _builtins.int
     BUFFER_BYTES_FIELD_NUMBER: _builtins.int
+    EP_LEVEL_FIELD_NUMBER: _builtins.int
     term: _builtins.int
     """The term the worker registered with."""
     incarnation: _builtins.int
@@ -158,6 +159,8 @@ class PrepareEpochRequest(_message.Message):
     """"float32" or "bfloat16"."""
     buffer_bytes: _builtins.int
     """What the worker needs beside its weights, in bytes: it refuses before it loads where there is less memory."""
+    ep_level: _builtins.int
+    """The exchange the epoch is to begin with: 1 AllGather, 2 AllToAll; 0: not said. What acts is in each step's header."""
     @_builtins.property
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerExperts]:
         """What the worker holds in this epoch, one entry per MoE layer."""
@@ -186,10 +189,11 @@ class PrepareEpochRequest(_message.Message):
         link: Global___LinkAddress | None = ...,
         int8_layers: _abc.Iterable[_builtins.int] | None = ...,
         buffer_bytes: _builtins.int = ...,
+        ep_level: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["link", b"link"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer_bytes", b"buffer_bytes", "dtype", b"dtype", "ep_rank", b"ep_rank", "ep_size", b"ep_size", "epoch", b"epoch", "incarnation", b"incarnation", "int8_layers", b"int8_layers", "layers", b"layers", "link", b"link", "model_path", b"model_path", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer_bytes", b"buffer_bytes", "dtype", b"dtype", "ep_level", b"ep_level", "ep_rank", b"ep_rank", "ep_size", b"ep_size", "epoch", b"epoch", "incarnation", b"incarnation", "int8_layers", b"int8_layers", "layers", b"layers", "link", b"link", "model_path", b"model_path", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -270,6 +274,7 @@ class PrepareEpochResponse(_message.Message):
     LOADING_FIELD_NUMBER: _builtins.int
     LOADED_FIELD_NUMBER: _builtins.int
     LINKED_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def loading(self) -> Global___LoadProgress:
         """Some weights were read."""
@@ -282,18 +287,23 @@ class PrepareEpochResponse(_message.Message):
     def linked(self) -> Global___Linked:
         """The link is up."""
 
+    @_builtins.property
+    def refused(self) -> Global___Refused:
+        """The worker has all weights, but cannot do what the epoch asks for. What it serves goes on."""
+
     def __init__(
         self,
         *,
         loading: Global___LoadProgress | None = ...,
         loaded: Global___Loaded | None = ...,
         linked: Global___Linked | None = ...,
+        refused: Global___Refused | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "linked", b"linked", "loaded", b"loaded", "loading", b"loading"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "linked", b"linked", "loaded", b"loaded", "loading", b"loading", "refused", b"refused"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "linked", b"linked", "loaded", b"loaded", "loading", b"loading"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "linked", b"linked", "loaded", b"loaded", "loading", b"loading", "refused", b"refused"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["loading", "loaded", "linked"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["loading", "loaded", "linked", "refused"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -363,6 +373,84 @@ class Linked(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Linked: _TypeAlias = Linked  # noqa: Y015
+
+@_typing.final
+class Refused(_message.Message):
+    """The worker cannot take part."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """One sentence: the value found, the rule, the way out."""
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Refused: _TypeAlias = Refused  # noqa: Y015
+
+@_typing.final
+class CheckEpochRequest(_message.Message):
+    """Asks whether a worker would take part in an epoch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TERM_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    BUFFER_BYTES_FIELD_NUMBER: _builtins.int
+    EP_LEVEL_FIELD_NUMBER: _builtins.int
+    term: _builtins.int
+    """The term the worker registered with."""
+    incarnation: _builtins.int
+    """The incarnation the router means."""
+    buffer_bytes: _builtins.int
+    """As in PrepareEpochRequest."""
+    ep_level: _builtins.int
+    """As in PrepareEpochRequest."""
+    def __init__(
+        self,
+        *,
+        term: _builtins.int = ...,
+        incarnation: _builtins.int = ...,
+        buffer_bytes: _builtins.int = ...,
+        ep_level: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer_bytes", b"buffer_bytes", "ep_level", b"ep_level", "incarnation", b"incarnation", "term", b"term"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckEpochRequest: _TypeAlias = CheckEpochRequest  # noqa: Y015
+
+@_typing.final
+class CheckEpochResponse(_message.Message):
+    """Whether it would."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REFUSAL_FIELD_NUMBER: _builtins.int
+    refusal: _builtins.str
+    """One sentence that says why not, empty where it would."""
+    def __init__(
+        self,
+        *,
+        refusal: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["refusal", b"refusal"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckEpochResponse: _TypeAlias = CheckEpochResponse  # noqa: Y015
 
 @_typing.final
 class HeartbeatRequest(_message.Message):

@@ -121,6 +121,11 @@ class ExpertWorkerServiceStub(object):
                 request_serializer=protos_dot_fleet__pb2.PrepareEpochRequest.SerializeToString,
                 response_deserializer=protos_dot_fleet__pb2.PrepareEpochResponse.FromString,
                 _registered_method=True)
+        self.CheckEpoch = channel.unary_unary(
+                '/expertmesh.v1.ExpertWorkerService/CheckEpoch',
+                request_serializer=protos_dot_fleet__pb2.CheckEpochRequest.SerializeToString,
+                response_deserializer=protos_dot_fleet__pb2.CheckEpochResponse.FromString,
+                _registered_method=True)
         self.Heartbeat = channel.unary_unary(
                 '/expertmesh.v1.ExpertWorkerService/Heartbeat',
                 request_serializer=protos_dot_fleet__pb2.HeartbeatRequest.SerializeToString,
@@ -156,7 +161,15 @@ class ExpertWorkerServiceServicer(object):
 
     def PrepareEpoch(self, request, context):
         """Loads what the epoch needs and the worker lacks, then joins a link to the router beside the running one. Streams
-        progress and ends with `linked`. The first step header of the epoch commits it. A later epoch supersedes it.
+        progress and ends with `linked`, or with `refused`. The first step header of the epoch commits it; until then an
+        earlier one goes on. A later epoch supersedes it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CheckEpoch(self, request, context):
+        """Asks whether the worker would take part in an epoch with other needs, and changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -204,6 +217,11 @@ def add_ExpertWorkerServiceServicer_to_server(servicer, server):
                     servicer.PrepareEpoch,
                     request_deserializer=protos_dot_fleet__pb2.PrepareEpochRequest.FromString,
                     response_serializer=protos_dot_fleet__pb2.PrepareEpochResponse.SerializeToString,
+            ),
+            'CheckEpoch': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckEpoch,
+                    request_deserializer=protos_dot_fleet__pb2.CheckEpochRequest.FromString,
+                    response_serializer=protos_dot_fleet__pb2.CheckEpochResponse.SerializeToString,
             ),
             'Heartbeat': grpc.unary_unary_rpc_method_handler(
                     servicer.Heartbeat,
@@ -261,6 +279,33 @@ class ExpertWorkerService(object):
             '/expertmesh.v1.ExpertWorkerService/PrepareEpoch',
             protos_dot_fleet__pb2.PrepareEpochRequest.SerializeToString,
             protos_dot_fleet__pb2.PrepareEpochResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckEpoch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.ExpertWorkerService/CheckEpoch',
+            protos_dot_fleet__pb2.CheckEpochRequest.SerializeToString,
+            protos_dot_fleet__pb2.CheckEpochResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -75,8 +75,11 @@ class ExpertWorkerServiceStub:
     def __new__(cls, channel: _aio.Channel) -> ExpertWorkerServiceAsyncStub: ...
     PrepareEpoch: _grpc.UnaryStreamMultiCallable[_fleet_pb2.PrepareEpochRequest, _fleet_pb2.PrepareEpochResponse]
     """Loads what the epoch needs and the worker lacks, then joins a link to the router beside the running one. Streams
-    progress and ends with `linked`. The first step header of the epoch commits it. A later epoch supersedes it.
+    progress and ends with `linked`, or with `refused`. The first step header of the epoch commits it; until then an
+    earlier one goes on. A later epoch supersedes it.
     """
+    CheckEpoch: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.CheckEpochRequest, _fleet_pb2.CheckEpochResponse]
+    """Asks whether the worker would take part in an epoch with other needs, and changes nothing."""
     Heartbeat: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.HeartbeatRequest, _fleet_pb2.HeartbeatResponse]
     """Proves the host alive and reads what its executor is doing."""
     RestartExecutor: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.RestartExecutorRequest, _fleet_pb2.RestartExecutorResponse]
@@ -98,8 +101,11 @@ class ExpertWorkerServiceAsyncStub(ExpertWorkerServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     PrepareEpoch: _aio.UnaryStreamMultiCallable[_fleet_pb2.PrepareEpochRequest, _fleet_pb2.PrepareEpochResponse]  # type: ignore[assignment]
     """Loads what the epoch needs and the worker lacks, then joins a link to the router beside the running one. Streams
-    progress and ends with `linked`. The first step header of the epoch commits it. A later epoch supersedes it.
+    progress and ends with `linked`, or with `refused`. The first step header of the epoch commits it; until then an
+    earlier one goes on. A later epoch supersedes it.
     """
+    CheckEpoch: _aio.UnaryUnaryMultiCallable[_fleet_pb2.CheckEpochRequest, _fleet_pb2.CheckEpochResponse]  # type: ignore[assignment]
+    """Asks whether the worker would take part in an epoch with other needs, and changes nothing."""
     Heartbeat: _aio.UnaryUnaryMultiCallable[_fleet_pb2.HeartbeatRequest, _fleet_pb2.HeartbeatResponse]  # type: ignore[assignment]
     """Proves the host alive and reads what its executor is doing."""
     RestartExecutor: _aio.UnaryUnaryMultiCallable[_fleet_pb2.RestartExecutorRequest, _fleet_pb2.RestartExecutorResponse]  # type: ignore[assignment]
@@ -124,8 +130,17 @@ class ExpertWorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_fleet_pb2.PrepareEpochResponse], _abc.AsyncIterator[_fleet_pb2.PrepareEpochResponse]]:
         """Loads what the epoch needs and the worker lacks, then joins a link to the router beside the running one. Streams
-        progress and ends with `linked`. The first step header of the epoch commits it. A later epoch supersedes it.
+        progress and ends with `linked`, or with `refused`. The first step header of the epoch commits it; until then an
+        earlier one goes on. A later epoch supersedes it.
         """
+
+    @_abc_1.abstractmethod
+    def CheckEpoch(
+        self,
+        request: _fleet_pb2.CheckEpochRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fleet_pb2.CheckEpochResponse, _abc.Awaitable[_fleet_pb2.CheckEpochResponse]]:
+        """Asks whether the worker would take part in an epoch with other needs, and changes nothing."""
 
     @_abc_1.abstractmethod
     def Heartbeat(

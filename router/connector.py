@@ -61,6 +61,7 @@ class Connector:
                     exchange.last_step_times,
                     exchange.set_deadline_floor,
                     tuple(exchange.transports()),
+                    message.waits_for_commit,
                 )
             )
         except Exception as error:

@@ -41,6 +41,7 @@ class Membership:
         step_times: per ep_rank [receive_s, compute_s, reply_s] of the last step.
         set_deadline_floor: give the workers another shortest time to answer from the next rows on.
         transports: per ep_rank, what carries its rows, and why.
+        waits_for_commit: it is held until a CommitTune names it.
     """
 
     epoch: int
@@ -49,6 +50,7 @@ class Membership:
     step_times: Callable[[], list[list[float]]]
     set_deadline_floor: Callable[[float], None]
     transports: tuple[str, ...] = ()
+    waits_for_commit: bool = False
 
 
 class Engine:
@@ -81,6 +83,8 @@ class Engine:
         self._proposed: Tune | None = None
         self._deadline_floor_s: float | None = None
         self._membership: Membership | None = None
+        self._held: Membership | None = None
+        self._last_loss = (-1, "no such epoch is held")
         self._epoch = 0
         self._step_id = 0
         self._stats_at = 0.0
@@ -98,6 +102,7 @@ class Engine:
 
     def adopt(self, membership: Membership) -> None:
         """Take the next step with these expert workers; its header commits their epoch."""
+        self._let_go_of_held()
         previous, self._membership = self._membership, membership
         self._epoch = membership.epoch
         if self._deadline_floor_s is not None:
@@ -105,6 +110,11 @@ class Engine:
         self._is_reported = False
         if previous is not None:
             previous.exchange.close()
+
+    def hold(self, membership: Membership) -> None:
+        """Have an epoch ready for `commit`, while the one in force goes on."""
+        self._let_go_of_held()
+        self._held = membership
 
     def submit(self, message: Submit) -> None:
         """Queue a request; one that cannot run is answered at once."""
@@ -124,8 +134,14 @@ class Engine:
         self._proposed = None if reason else message
         self._send(TuneRefused(message.tune_id, reason) if reason else Tuned(message.tune_id))
 
-    def commit(self, tune_id: int) -> None:
-        """Run steps as the last Tune said, from the next one on.
+    def commit(self, tune_id: int, epoch: int = 0) -> None:
+        """Run steps as the last Tune said, from the next one on, with the epoch that is held for it.
+
+        The front may have learnt of a loss only after it had said this: it is told again, of this epoch.
+
+        Args:
+            tune_id: of the Tune.
+            epoch: of what is held; 0: the epoch in force goes on.
 
         Raises:
             ControlError: that is not what was agreed to.
@@ -140,8 +156,16 @@ class Engine:
             max_prefill_tokens=tune.max_prefill_tokens,
         )
         self._deadline_floor_s = tune.deadline_floor_s
-        if self._membership is not None:
-            self._membership.set_deadline_floor(tune.deadline_floor_s)
+        held = self._held
+        if epoch == 0:
+            if self._membership is not None:
+                self._membership.set_deadline_floor(tune.deadline_floor_s)
+        elif held is not None and held.epoch == epoch:
+            self._held = None
+            self.adopt(held)
+        else:
+            self._epoch = epoch
+            self._lose(*self._last_loss)
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free its blocks."""
@@ -149,12 +173,15 @@ class Engine:
             self._is_reported = False
 
     def disconnect(self, epoch: int, reason: str) -> None:
-        """Give up the epoch in force; any other is ignored."""
-        if self._membership is not None and self._membership.epoch == epoch:
+        """Give up the epoch in force, or one that is held; any other is ignored."""
+        if self._held is not None and self._held.epoch == epoch:
+            self._let_go_of_held()
+        elif self._membership is not None and self._membership.epoch == epoch:
             self._lose(-1, reason)
 
     def close(self) -> None:
         """Drop the links to the expert workers."""
+        self._let_go_of_held()
         if self._membership is not None:
             self._membership.exchange.close()
             self._membership = None
@@ -274,7 +301,13 @@ class Engine:
         """End the epoch and every request; weights and cache stay for the next."""
         self.close()
         self._is_reported = False
+        self._last_loss = (ep_rank, reason)
         self._send(Lost(self._epoch, ep_rank, reason, self._scheduler.drop()))
+
+    def _let_go_of_held(self) -> None:
+        held, self._held = self._held, None
+        if held is not None:
+            held.exchange.close()
 
     def _sequence(self, message: Submit) -> Sequence:
         for token_id in message.prompt:

@@ -108,7 +108,7 @@ class EngineProcess:
             case Tune():
                 engine.tune(message)
             case CommitTune():
-                engine.commit(message.tune_id)
+                engine.commit(message.tune_id, message.epoch)
             case AskLoads():
                 engine.report_loads(message)
             case Abort():
@@ -130,7 +130,10 @@ class EngineProcess:
             case Connect():
                 self._channel.send(LinkFailed(message.epoch, -1, "the experts are in the router's process"))
             case Membership() if connector is not None and connector.wants(message.epoch):
-                engine.adopt(message)
+                if message.waits_for_commit:
+                    engine.hold(message)
+                else:
+                    engine.adopt(message)
                 self._channel.send(Linked(message.epoch, list(message.transports)))
             case Membership():
                 message.exchange.close()

@@ -79,6 +79,7 @@ class Connect:
     """Join the links of an epoch, beside the running ones. Answered by Linked or LinkFailed.
 
     Attributes:
+        waits_for_commit: hold the epoch until a CommitTune names it; else the next step's header commits it.
         members: one per ep_rank: {"ep_rank", "worker" (its name), "incarnation", "prefix" (of the link)}
         layers: [[layer_id, [experts of ep_rank 0], [experts of ep_rank 1], ...], ...].
         timeout_s: how long to wait for each worker at its link's address.
@@ -88,11 +89,12 @@ class Connect:
     members: list[dict[str, int | str]]
     layers: list[list[int | list[int]]]
     timeout_s: float
+    waits_for_commit: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Disconnect:
-    """Drop the links of an epoch: a member is gone. Running requests end as lost."""
+    """Drop the links of an epoch: a member is gone. Where it is in force, running requests end as lost."""
 
     epoch: int
     reason: str
@@ -121,9 +123,14 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class CommitTune:
-    """From the next step on, run steps as the Tune of this id said. What a step is doing is not disturbed."""
+    """From the next step on, run steps as the Tune of this id said. What a step is doing is not disturbed.
+
+    Attributes:
+        epoch: the one that is held for this, which the same step commits; 0: the epoch in force goes on.
+    """
 
     tune_id: int
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +186,7 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Linked:
-    """All links of the epoch are up; the next step's header commits it.
+    """All links of the epoch are up; the next step's header commits it, unless it waits for CommitTune.
 
     Attributes:
         transports: per ep_rank, what carries its rows, and why.

@@ -16,10 +16,14 @@ from protos import fleet_pb2_grpc
 
 
 class FakeAgent(fleet_pb2_grpc.ExpertWorkerServiceServicer):
-    """`executor_state`, `fails_prepare`, `cable` and `is_reachable` steer it; the rest tells what was asked.
+    """Public attributes up to `is_reachable`, `executor_state`, `fails_prepare`, `refuses` and `stops_before`
+    steer it; the rest tells what was asked.
 
     Attributes:
         host: where it listens, on the control plane and on the data plane.
+        refuses: why it takes part in no further epoch; empty where it does.
+        stops_before: the event of PrepareEpoch that never comes: "loaded", "linked".
+        checks: what it was asked without being told to prepare it.
         cable: what hccn_tool says of its device.
         is_reachable: whether its probes are answered at the port that it names.
         devices: what hccn_tool was asked about.
@@ -40,6 +44,9 @@ class FakeAgent(fleet_pb2_grpc.ExpertWorkerServiceServicer):
         self.incarnation = 1
         self.executor_state = "ready"
         self.fails_prepare = 0
+        self.refuses = ""
+        self.stops_before = ""
+        self.checks: list[pb.CheckEpochRequest] = []
         self.epochs: list[pb.PrepareEpochRequest] = []
         self.restarts: list[str] = []
         self.fleet_address = ""
@@ -83,9 +90,23 @@ class FakeAgent(fleet_pb2_grpc.ExpertWorkerServiceServicer):
         if self.fails_prepare > 0:
             self.fails_prepare -= 1
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "the shard is damaged")
+        if self.refuses:
+            yield pb.PrepareEpochResponse(refused=pb.Refused(reason=self.refuses))
+            return
         yield pb.PrepareEpochResponse(loading=pb.LoadProgress(loaded_bytes=1, total_bytes=2))
-        yield pb.PrepareEpochResponse(loaded=pb.Loaded(loaded_bytes=2))
-        yield pb.PrepareEpochResponse(linked=pb.Linked())
+        for event in (
+            pb.PrepareEpochResponse(loaded=pb.Loaded(loaded_bytes=2)),
+            pb.PrepareEpochResponse(linked=pb.Linked()),
+        ):
+            while event.WhichOneof("event") == self.stops_before:
+                await asyncio.sleep(0.01)
+            yield event
+
+    async def CheckEpoch(self, request: pb.CheckEpochRequest, context: Any) -> pb.CheckEpochResponse:  # noqa: N802
+        if request.incarnation != self.incarnation:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "another incarnation")
+        self.checks.append(request)
+        return pb.CheckEpochResponse(refusal=self.refuses)
 
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: Any) -> pb.HeartbeatResponse:  # noqa: N802
         if request.incarnation != self.incarnation:

@@ -2,7 +2,8 @@
 
 Token i of an answer is (prompt[0] + i) % 100 + 10. A prompt that begins with 1 is answered slowly, 2 ends the
 process, 3 loses ep_rank 0, 4 is never answered. Tune is agreed to, unless micro_batches is one of the numbers
-below. The number of steps it reports tells what is in force: 100 * ep_level + micro_batches.
+below; what is committed with it must be the epoch it was told to hold. The number of steps it reports tells
+what is in force: 100 * ep_level + micro_batches.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class FakeEngine:
         self.inbox: queue.Queue[object] = queue.Queue()
         self.running: dict[str, tuple[Submit, int]] = {}
         self.epoch = 0
+        self.held = 0
         self.tuning = 0
         self.proposed: Tune | None = None
 
@@ -81,10 +83,9 @@ class FakeEngine:
                 send(Loaded(2, 8, message.block_size, max_seq_len, "127.0.0.1", 1, INT8_LAYERS))
                 self.put_in_force(Tune(**message.tune))
             case Connect():
-                self.epoch = message.epoch
-                send(Linked(message.epoch, []))
+                self.connect(message)
             case Disconnect():
-                self.lose(-1, message.reason)
+                self.disconnect(message)
             case Submit():
                 if message.prompt[0] == DIES:
                     os._exit(3)
@@ -99,11 +100,26 @@ class FakeEngine:
             case _:
                 self.commit(message)
 
+    def connect(self, message: Connect) -> None:
+        if message.waits_for_commit:
+            self.held = message.epoch
+        else:
+            self.epoch = message.epoch
+        self.channel.send(Linked(message.epoch, []))
+        self.report()
+
+    def disconnect(self, message: Disconnect) -> None:
+        if message.epoch == self.held:
+            self.held = 0
+        elif message.epoch == self.epoch:
+            self.lose(-1, message.reason)
+
     def commit(self, message: object) -> None:
         if not isinstance(message, CommitTune) or self.proposed is None:
             os._exit(4)
-        if self.proposed.tune_id != message.tune_id:
+        if self.proposed.tune_id != message.tune_id or message.epoch != self.held:
             os._exit(4)
+        self.epoch, self.held = self.held or self.epoch, 0
         self.put_in_force(self.proposed)
 
     def consider(self, message: Tune) -> None:

@@ -14,8 +14,14 @@ from common.exchange import ALL_GATHER, ALL_TO_ALL, StepHeader, wire
 from common.exchange.routing import RowShape
 
 
+class RouterLeft(MessageError):
+    """The router said goodbye: no failure, but there is nothing to receive any more."""
+
+
 def check_origin(header: wire.Header, term: int, epoch: int, incarnation: int) -> None:
     """Refuse a message of another router, membership or start of the worker."""
+    if header.kind == wire.GOODBYE:  # it may come before a step has told the router's end its epoch
+        raise RouterLeft("the router said goodbye")
     found, wanted = (header.term, header.epoch, header.incarnation), (term, epoch, incarnation)
     if found != wanted:
         raise MessageError(f"(term, epoch, incarnation) is {found}, this link belongs to {wanted}")

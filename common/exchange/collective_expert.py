@@ -145,7 +145,7 @@ class CollectiveExpertExchange:
             _drop(router)
 
     def _receive_all(self, router: _Router) -> None:
-        reason = ""
+        ended: ExchangeError | None = None
         try:
             words = torch.empty(message.OPENING_WORDS, dtype=torch.int64)
             router.group.metadata.broadcast(words).wait()  # an idle router costs nothing: no deadline here
@@ -153,14 +153,16 @@ class CollectiveExpertExchange:
             while not router.is_dropped:
                 self._receive_one(router, message.metadata_words(most_local))
         except ExchangeError as error:
-            reason = str(error)
+            ended = error
+        router.is_quiet |= isinstance(ended, checks.RouterLeft)
         with self._lock:
             was_known = router in self._routers
             self._routers = [other for other in self._routers if other is not router]
         _drop(router)
         if was_known:
-            logger.warning("group of term %d, epoch %d ended: %s", router.term, router.epoch, reason)
-            self._on_closed(router.term, router.epoch, reason)
+            level = logging.INFO if isinstance(ended, checks.RouterLeft) else logging.WARNING
+            logger.log(level, "group of term %d, epoch %d ended: %s", router.term, router.epoch, ended)
+            self._on_closed(router.term, router.epoch, str(ended))
 
     def _receive_one(self, router: _Router, num_words: int) -> None:
         words = torch.empty(num_words, dtype=torch.int64)
@@ -180,8 +182,7 @@ class CollectiveExpertExchange:
                 router.unanswered.append(arrival)
             self._arrivals.put(arrival)
         else:
-            router.is_quiet = True
-            raise MessageError(f"the router ended the group (message kind {header.kind})")
+            raise MessageError(f"no message of kind {header.kind} comes from a router")
 
     def _begin(self, router: _Router, header: wire.Header) -> None:
         step = checks.check_step(header, router.step)

@@ -137,10 +137,10 @@ class LinksExpertExchange:
                 raise message
             return None if router.is_dropped else self._opened(router, message, received_ns)
         except ExchangeError as error:
-            self._ended(router, str(error))
+            self._ended(router, error)
             return None
 
-    def _ended(self, router: _Router, reason: str) -> None:
+    def _ended(self, router: _Router, error: ExchangeError) -> None:
         with self._lock:
             was_known = router in self._routers
             self._routers = [other for other in self._routers if other is not router]
@@ -148,8 +148,9 @@ class LinksExpertExchange:
             router.is_dropped = True
             self._arrivals.forget(router.link)
             router.link.close()
-            logger.warning("link of term %d, epoch %d ended: %s", router.term, router.epoch, reason)
-            self._on_closed(router.term, router.epoch, reason)
+            level = logging.INFO if isinstance(error, checks.RouterLeft) else logging.WARNING
+            logger.log(level, "link of term %d, epoch %d ended: %s", router.term, router.epoch, error)
+            self._on_closed(router.term, router.epoch, str(error))
 
     def _opened(self, router: _Router, buffer: Tensor, received_ns: int) -> _Arrival | None:
         router.link.settle(CEILING_S)  # the router was ready for every reply before it sent the rows
@@ -162,7 +163,7 @@ class LinksExpertExchange:
         elif header.kind == wire.ROWS:
             arrival = _rows_of(router, header, buffer, received_ns)
         else:
-            raise MessageError(f"the router ended the link (message kind {header.kind})")
+            raise MessageError(f"no message of kind {header.kind} comes from a router")
         router.link.expect(router.capacity)
         return arrival
 

@@ -66,6 +66,24 @@ class AgentLink:
         finally:
             call.cancel()
 
+    async def check_epoch(self, ep_level: int, buffer_bytes: int, timeout_s: float) -> str:
+        """Ask the worker's executor whether it would take part in an epoch; why not, empty where it would.
+
+        Raises:
+            ControlError: no answer in time, or the worker is another one by now.
+        """
+        request = pb.CheckEpochRequest(
+            term=self._term,
+            incarnation=self.worker.incarnation,
+            buffer_bytes=buffer_bytes,
+            ep_level=ep_level,
+        )
+        try:
+            answer = await self._stub.CheckEpoch(request, timeout=timeout_s, metadata=self._metadata)
+        except grpc.aio.AioRpcError as error:
+            raise self._error("CheckEpoch", error) from None
+        return answer.refusal
+
     async def restart_executor(self, reason: str) -> None:
         """Ask for a new executor; the agent then registers again.
 

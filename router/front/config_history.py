@@ -76,6 +76,21 @@ class ConfigHistory:
         self._forget()
         return version
 
+    def withdraw(self, version: ConfigVersion) -> None:
+        """Take back a version that did not come into force. Blocks on the disk."""
+        self._versions = tuple(kept for kept in self._versions if kept is not version)
+        if self._files is None:
+            return
+        try:
+            self._files.remove(version.number)
+        except OSError as error:
+            logger.error(
+                "version %d never came into force and could not be removed from %s: %s",
+                version.number,
+                self.directory,
+                error,
+            )
+
     def close(self) -> None:
         """Leave the directory to the next router."""
         if self._files is not None:

@@ -86,13 +86,16 @@ class EngineTuning:
             self._answer = None
         return agreed
 
-    def commit(self, agreed: Agreed | None) -> None:
-        """Let the next step take up what was agreed to. Call it when the new configuration is in force."""
-        if agreed is None:
-            return
+    def commit(self, agreed: Agreed, epoch: int) -> None:
+        """Let the next step take up what was agreed to. Call it when the new configuration is in force.
+
+        Args:
+            agreed: what `propose` returned.
+            epoch: the one that the engine holds for this; 0: the epoch in force goes on.
+        """
         if agreed.start == self._start:
             # An engine that died meanwhile does not get this; the next one starts with what is in force now.
-            self._send(CommitTune(agreed.tune_id))
+            self._send(CommitTune(agreed.tune_id, epoch))
         else:
             # Another engine was started meanwhile, with the configuration of before.
             self._restart()

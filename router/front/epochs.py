@@ -1,51 +1,30 @@
-"""Epochs: the one path by which the fleet changes; start-up, a loss and a return all end in the next epoch.
+"""Epochs: the one path by which the fleet changes; start-up, a loss, a return and a reload end in the next.
 
 PrepareEpoch on all members, Connect to the engine when all have loaded, Linked: the next step commits it.
+What a reload asks for is prepared beside the epoch in force, and waits for CommitTune.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from common.errors import ConfigError, ControlError
-from common.placement import Placement
-from protos import fleet_pb2 as pb
-from router.front.agent_link import AgentLink
+from common.config import Config
+from common.errors import ConfigError, ControlError, EpochRefused
 from router.front.allowance import Allowance
+from router.front.epoch_attempt import EpochAttempt, EpochFacts, Reach
 from router.front.epoch_plan import Candidate, missing_sentence, place_workers
 from router.front.fleet import LOST, SERVING, Fleet, Worker
-from router.front.preparation import Preparation
 from router.front.service_state import ServiceState
-from router.messages import Connect, Disconnect, Linked, LinkFailed
+from router.messages import Disconnect, Linked, LinkFailed
 
 logger = logging.getLogger(__name__)
 
-WORKER_LINK_TIMEOUT_S = 120.0
-"""How long a worker that has loaded waits for the others."""
-ENGINE_LINK_TIMEOUT_S = 20.0
 FIRST_RETRY_DELAY_S = 0.2
 LONGEST_RETRY_DELAY_S = 8.0
-
-
-@dataclass(frozen=True, slots=True)
-class EpochFacts:
-    """What is the same in every epoch of this router.
-
-    Attributes:
-        buffer_bytes: what a worker needs beside its weights, as it is configured now.
-    """
-
-    term: int
-    world_size: int
-    model_path: str
-    dtype: str
-    placement: Placement
-    exchange: str
-    buffer_bytes: Callable[[], int]
+ANSWER_TIMEOUT_S = 5.0
+"""How long a worker's executor may take to say whether it could go on, or still can."""
 
 
 class Epochs:
@@ -54,23 +33,24 @@ class Epochs:
     def __init__(
         self,
         facts: EpochFacts,
+        config: Callable[[], Config],
         fleet: Fleet,
         state: ServiceState,
-        agent_of: Callable[[Worker], AgentLink],
-        send: Callable[[object], None],
+        reach: Reach,
         allowance: Allowance,
     ) -> None:
+        """Take part with what is handed over; `config` is the configuration in force."""
         self._facts = facts
+        self._config = config
         self._fleet = fleet
         self._state = state
-        self._agent_of = agent_of
-        self._send = send
+        self._reach = reach
         self._allowance = allowance
         self._last_epoch = 0
         self._wake = asyncio.Event()
-        self._attempt: asyncio.Task[None] | None = None
+        self._attempt: EpochAttempt | None = None
+        self._beside: EpochAttempt | None = None
         self._members: list[Worker] = []
-        self._linked: asyncio.Future[None] | None = None
 
     def wake(self) -> None:
         """Something changed: look again whether an epoch can be prepared."""
@@ -90,7 +70,7 @@ class Epochs:
         logger.warning("expert worker %s (ep_rank %d): %s", worker.worker_id, worker.ep_rank, reason)
         worker.state = LOST
         if self.is_member(worker):
-            self._give_up(reason, tell_engine=True)
+            self._give_up(f"expert worker {worker.worker_id} was lost: {reason}", tell_engine=True)
         self.wake()
 
     def engine_lost_epoch(self, epoch: int, reason: str) -> None:
@@ -105,18 +85,78 @@ class Epochs:
 
     def linked(self, message: Linked) -> None:
         """The engine has all links of an epoch."""
-        if self._linked is not None and message.epoch == self._last_epoch and not self._linked.done():
-            for worker, transport in zip(self._members, message.transports, strict=False):
-                worker.transport = transport
-                logger.info("rows of expert worker %s travel by %s", worker.worker_id, transport)
-            self._linked.set_result(None)
+        for attempt in self._attempts:
+            attempt.linked(message)
 
     def link_failed(self, message: LinkFailed) -> None:
         """The engine could not make a link."""
-        if self._linked is not None and message.epoch == self._last_epoch and not self._linked.done():
-            self._linked.set_exception(
-                ControlError(f"the link to ep_rank {message.ep_rank} could not be made: {message.reason}")
-            )
+        for attempt in self._attempts:
+            attempt.link_failed(message)
+
+    async def ask(self, config: Config) -> dict[str, str]:
+        """Ask those who are members, or would be, whether they could go on with another configuration.
+
+        Returns:
+            Why not, by worker_id, for those who could not.
+
+        Raises:
+            ControlError: one of them does not answer.
+        """
+        return await self._ask(self._members or self._fleet.named(self._next_members() or ()), config)
+
+    async def prepare_beside(self, config: Config) -> EpochAttempt | None:
+        """Have the members of the epoch in force prepare the next, for another configuration, beside it.
+
+        Returns:
+            What `commit` or `give_up` is told about; None where no epoch is in force.
+
+        Raises:
+            EpochRefused: a member cannot do what is asked for.
+            ControlError: a member or the engine died, or was late.
+        """
+        if not self._state.is_linked:
+            return None
+        attempt = self._beside = self._next_attempt(self._members, config, is_beside=True)
+        try:
+            await self._get_ready(attempt)
+        except BaseException:
+            self._beside = None
+            raise
+        return attempt
+
+    async def confirm(self, attempt: EpochAttempt | None) -> None:
+        """Hear from every member's executor that what was prepared still stands.
+
+        Args:
+            attempt: what `prepare_beside` returned.
+
+        Raises:
+            EpochRefused: a member has changed its mind.
+            ControlError: a member or the engine died meanwhile, or an epoch began that was not there before.
+        """
+        if attempt is None:
+            if self._state.is_linked:
+                raise ControlError(f"epoch {self._state.epoch} began meanwhile, try again")
+            return
+        refusals = {} if attempt.failure else await self._ask(attempt.members, attempt.config)
+        if attempt.failure:
+            raise ControlError(attempt.failure)
+        for worker, reason in refusals.items():
+            raise EpochRefused(worker, reason)
+
+    def commit(self, attempt: EpochAttempt | None) -> None:
+        """Go on with what was prepared; without it, whatever is being prepared is begun anew."""
+        if attempt is not None:
+            self._beside = None
+            self._begin(attempt)
+        elif self._attempt is not None:
+            self._attempt.fail("the configuration has changed meanwhile")
+
+    def give_up(self, attempt: EpochAttempt | None) -> None:
+        """Forget what was prepared; the epoch in force goes on."""
+        if attempt is not None:
+            self._beside = None
+            attempt.fail("the reload was given up")
 
     async def run(self) -> None:
         """Prepare epochs for as long as the router lives.
@@ -178,131 +218,62 @@ class Epochs:
     async def _try(self, members: tuple[str, ...]) -> str:
         """Prepare one epoch; return why it was not reached, or nothing."""
         self._members = self._fleet.assign(members)
-        self._last_epoch += 1
-        attempt = self._attempt = asyncio.create_task(self._prepare(self._last_epoch, self._members))
+        attempt = self._attempt = self._next_attempt(self._members, self._config(), is_beside=False)
+        self._state.wait_for(f"epoch {attempt.epoch} is being prepared on {attempt.names}")
         try:
-            await asyncio.wait([attempt])
-        finally:
-            attempt.cancel()
-            self._attempt = None
-        if attempt.cancelled():
-            self._members = []
-            return "a member or the engine was lost meanwhile"
-        if error := attempt.exception():
+            await self._get_ready(attempt)
+        except Exception as error:
             self._members = []
             if not isinstance(error, ControlError):
-                logger.error("preparing epoch %d failed", self._last_epoch, exc_info=error)
+                logger.error("preparing epoch %d failed", attempt.epoch, exc_info=error)
             return str(error)
+        finally:
+            self._attempt = None
+        self._begin(attempt)
         return ""
 
-    async def _prepare(self, epoch: int, members: list[Worker]) -> None:
-        loaded = self._state.loaded
-        if loaded is None:
-            raise ControlError("the router's engine has not loaded")
-        names = ", ".join(worker.worker_id for worker in members)
-        self._state.wait_for(f"epoch {epoch} is being prepared on {names}")
-        prefixes = self._prefixes(epoch, len(members))
-        preparations = [
-            Preparation(
-                self._agent_of(worker),
-                self._request(
-                    epoch,
-                    worker,
-                    loaded.int8_layers,
-                    pb.LinkAddress(
-                        host=loaded.store_host,
-                        port=loaded.store_port,
-                        prefix=prefix,
-                        timeout_s=WORKER_LINK_TIMEOUT_S,
-                        exchange=self._facts.exchange,
-                    ),
-                ),
-                self._state.announce,
+    @property
+    def _attempts(self) -> list[EpochAttempt]:
+        """What is under way."""
+        return [attempt for attempt in (self._attempt, self._beside) if attempt is not None]
+
+    def _next_attempt(self, members: list[Worker], config: Config, is_beside: bool) -> EpochAttempt:
+        self._last_epoch += 1
+        return EpochAttempt(self._facts, self._last_epoch, members, config, self._reach, is_beside)
+
+    async def _ask(self, workers: list[Worker], config: Config) -> dict[str, str]:
+        """Why workers would refuse an epoch, for those who would. Raises ControlError."""
+        need = self._facts.buffer_bytes(config)
+        answers = await asyncio.gather(
+            *(
+                self._reach.agent_of(worker).check_epoch(config.ep_level, need, ANSWER_TIMEOUT_S)
+                for worker in workers
             )
-            for worker, prefix in zip(members, prefixes, strict=True)
-        ]
-        has_connected = False
-        try:
-            await asyncio.gather(*(preparation.loaded for preparation in preparations))
-            self._linked = asyncio.get_running_loop().create_future()
-            has_connected = True
-            self._send(self._connect(epoch, members, prefixes))
-            await self._all_linked(preparations)
-        except BaseException:
-            if has_connected:
-                self._send(Disconnect(epoch, "the epoch was not reached"))
-            raise
-        finally:
-            self._linked = None
-            for preparation in preparations:
-                await preparation.cancel()
-        for worker in members:
+        )
+        return {worker.worker_id: why for worker, why in zip(workers, answers, strict=True) if why}
+
+    async def _get_ready(self, attempt: EpochAttempt) -> None:
+        if self._state.loaded is None:
+            raise ControlError("the router's engine has not loaded")
+        await attempt.get_ready(self._state.loaded)
+
+    def _begin(self, attempt: EpochAttempt) -> None:
+        """The next step's header commits an epoch."""
+        for worker, transport in zip(attempt.members, attempt.transports, strict=False):
+            if worker.transport != transport:
+                logger.info("rows of expert worker %s travel by %s", worker.worker_id, transport)
+            worker.transport = transport
+        for worker in attempt.members:
             worker.state = SERVING
-        self._state.epoch_begun(epoch)
-        logger.info("epoch %d is ready: %s", epoch, names)
-
-    async def _all_linked(self, preparations: list[Preparation]) -> None:
-        if self._linked is None:
-            raise ControlError("no link was asked for")
-        try:
-            async with asyncio.timeout(ENGINE_LINK_TIMEOUT_S + 5.0):
-                await asyncio.gather(self._linked, *(preparation.linked for preparation in preparations))
-        except TimeoutError:
-            late = [p.agent.worker.worker_id for p in preparations if not p.linked.done()]
-            raise ControlError(
-                f"links were not up after {ENGINE_LINK_TIMEOUT_S + 5.0} s; not linked: {late or 'the engine'}"
-            ) from None
-
-    def _request(
-        self, epoch: int, worker: Worker, int8_layers: list[int], link: pb.LinkAddress
-    ) -> pb.PrepareEpochRequest:
-        experts = self._facts.placement.experts_of(worker.ep_rank)
-        return pb.PrepareEpochRequest(
-            term=self._facts.term,
-            incarnation=worker.incarnation,
-            epoch=epoch,
-            ep_rank=worker.ep_rank,
-            ep_size=self._facts.world_size,
-            model_path=self._facts.model_path,
-            dtype=self._facts.dtype,
-            layers=[
-                pb.LayerExperts(layer_id=layer_id, expert_ids=owned) for layer_id, owned in experts.items()
-            ],
-            int8_layers=int8_layers,
-            link=link,
-            buffer_bytes=self._facts.buffer_bytes(),
-        )
-
-    def _prefixes(self, epoch: int, count: int) -> list[str]:
-        """Where each member joins: a link of its own, or one group for all."""
-        prefixes = [f"{epoch}-{secrets.token_hex(16)}" for _ in range(count)]
-        return prefixes if self._facts.exchange == "links" else prefixes[:1] * count
-
-    def _connect(self, epoch: int, members: list[Worker], prefixes: list[str]) -> Connect:
-        return Connect(
-            epoch=epoch,
-            members=[
-                {
-                    "ep_rank": worker.ep_rank,
-                    "worker": worker.worker_id,
-                    "incarnation": worker.incarnation,
-                    "prefix": prefix,
-                }
-                for worker, prefix in zip(members, prefixes, strict=True)
-            ],
-            layers=[
-                [layer_id, *(list(owned) for owned in owners)]
-                for layer_id, owners in self._facts.placement.layers.items()
-            ],
-            timeout_s=ENGINE_LINK_TIMEOUT_S,
-        )
+        self._state.epoch_begun(attempt.epoch)
+        logger.info("epoch %d is ready: %s", attempt.epoch, attempt.names)
 
     def _give_up(self, reason: str, tell_engine: bool) -> None:
-        """End the epoch in force, or the attempt at one."""
-        if self._attempt is not None:
-            self._attempt.cancel()
+        """End the epoch in force, or the attempt at one, and what is prepared beside it."""
+        for attempt in self._attempts:
+            attempt.fail(reason)
         if self._state.is_linked:
             if tell_engine:
-                self._send(Disconnect(self._state.epoch, reason))
+                self._reach.send(Disconnect(self._state.epoch, reason))
             self._state.epoch_over(f"epoch {self._state.epoch} is over and the next is not ready: {reason}")
         self._members = []

@@ -19,7 +19,8 @@ from common.preflight_fleet import fixed_findings
 from common.preflight_memory import buffer_bytes
 from common.rank_table import RankTable
 from router.front.allowance import Allowance
-from router.front.epochs import EpochFacts, Epochs
+from router.front.epoch_attempt import EpochFacts, Reach
+from router.front.epochs import Epochs
 from router.front.fleet import Fleet
 from router.front.fleet_service import FleetService
 from router.front.heartbeats import Heartbeats
@@ -95,12 +96,12 @@ class ExpertSide:
                 dtype=facts.dtype,
                 placement=placement,
                 exchange=at_start.exchange,
-                buffer_bytes=lambda: buffer_bytes(config(), facts.model, hccl_buffer_mb(at_start.device)),
+                buffer_bytes=lambda one: buffer_bytes(one, facts.model, hccl_buffer_mb(one.device)),
             ),
+            config,
             fleet,
             state,
-            self.heartbeats.agent_of,
-            send,
+            Reach(self.heartbeats.agent_of, send, state.announce),
             self._allowance,
         )
         self.heartbeats.epochs = self.epochs

@@ -15,8 +15,8 @@ from common.errors import ConfigError, ExpertMeshError, ReloadRefused, VersionCo
 from common.json_file import shown_path
 from router.front.config_history import ConfigHistory
 from router.front.config_in_force import ConfigInForce
-from router.front.config_version import hash_of
-from router.front.engine_tuning import EngineTuning
+from router.front.config_version import ConfigVersion, hash_of
+from router.front.rollout import Prepared, Rollout
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Reload:
         self,
         in_force: ConfigInForce,
         history: ConfigHistory,
-        tuning: EngineTuning,
+        rollout: Rollout,
         check: Callable[[Effective], Awaitable[None]],
         on_change: Callable[[Config, Config], None],
     ) -> None:
@@ -73,13 +73,13 @@ class Reload:
         Args:
             in_force: what a proposal takes the place of.
             history: where versions are kept.
-            tuning: asks the engine.
+            rollout: asks the engine and the workers.
             check: raises ReloadRefused where the fleet must not go on with a configuration.
             on_change: gets the configuration of before and the one that is in force now; it must not fail.
         """
         self._in_force = in_force
         self._history = history
-        self._tuning = tuning
+        self._rollout = rollout
         self._check = check
         self._on_change = on_change
         self._lock = asyncio.Lock()
@@ -91,8 +91,8 @@ class Reload:
         Raises:
             ConfigError: a value in it is wrong.
             VersionConflict: another version is in force than was expected.
-            ReloadRefused: keys differ that cannot change now, or engine or fleet cannot go on with it.
-            NotReady: the engine or the history could not take part.
+            ReloadRefused: keys differ that cannot change now, or the engine or a worker cannot go on with it.
+            NotReady: the engine, a worker or the history could not take part.
         """
         task = asyncio.create_task(self._apply_in_turn(proposal))
         self._running.add(task)
@@ -147,25 +147,24 @@ class Reload:
         after = before.replaced_by(proposal.document, proposal.source)
         changes = changes_between(before.config, after.config, after.paths)
         warnings = [*after.config.warnings, *_overruled(before, after)]
-        refusals = {change.path: change.refusal for change in changes if change.refusal}
-        agreed = None
+        cold = {change.path: change.refusal for change in changes if change.refusal}
+        if proposal.is_dry_run:
+            refusals = await self._refusals(before, after, cold)
+            return Outcome(version, False, changes, warnings, refusals)
+        if cold:
+            raise ReloadRefused(cold)
+        await self._check(after)
+        if hash_of(after.document) == self._in_force.version.content_hash:
+            return Outcome(version, False, changes, warnings, [])
+        prepared = await self._rollout.prepare(before.config, after.config)
         try:
-            if refusals:
-                raise ReloadRefused(refusals)
-            await self._check(after)
-            agreed = await self._tuning.propose(before.config, after.config)
-        except ReloadRefused as error:
-            if not proposal.is_dry_run:
-                raise
-            refusals = error.refusals
-        if proposal.is_dry_run or hash_of(after.document) == self._in_force.version.content_hash:
-            return Outcome(version, False, changes, warnings, list(refusals.values()))
-        added = await asyncio.to_thread(
-            self._history.append, proposal.document, proposal.author, proposal.origin
-        )
+            added = await self._write(proposal, prepared)
+        except BaseException:
+            self._rollout.give_up(prepared)
+            raise
         # From here on nothing waits and nothing fails.
         self._in_force.take(after, added)
-        self._tuning.commit(agreed)
+        self._rollout.commit(prepared)
         self._on_change(before.config, after.config)
         logger.info(
             "configuration version %d is in force, by %s (%s): %s",
@@ -176,6 +175,29 @@ class Reload:
             or "no value differs",
         )
         return Outcome(added.number, True, changes, [*warnings, *self._in_force.unsaved(after)], [])
+
+    async def _refusals(self, before: Effective, after: Effective, cold: dict[str, str]) -> list[str]:
+        """Why a configuration would not come into force, as far as that can be asked."""
+        try:
+            if cold:
+                raise ReloadRefused(cold)
+            await self._check(after)
+            await self._rollout.ask(before.config, after.config)
+        except ReloadRefused as error:
+            return list(error.refusals.values())
+        return []
+
+    async def _write(self, proposal: Proposal, prepared: Prepared | None) -> ConfigVersion:
+        """Write the version, and take it back where somebody who had prepared for it is gone meanwhile."""
+        added = await asyncio.to_thread(
+            self._history.append, proposal.document, proposal.author, proposal.origin
+        )
+        try:
+            await self._rollout.confirm(prepared)
+        except BaseException:
+            await asyncio.to_thread(self._history.withdraw, added)
+            raise
+        return added
 
     def _forget(self, task: asyncio.Task[Outcome]) -> None:
         self._running.discard(task)

@@ -36,6 +36,7 @@ from router.front.heartbeats import Heartbeats
 from router.front.journal import End, Journal
 from router.front.load_inquiry import LoadInquiry
 from router.front.reload import Reload
+from router.front.rollout import Rollout
 from router.front.sampling_params import Limits
 from router.front.service_state import ServiceState
 from router.front.status import status_of
@@ -109,8 +110,9 @@ class Front:
         files = None if config.state_dir is None else VersionFiles(Path(config.state_dir))
         self._history = ConfigHistory(files)
         self.in_force = ConfigInForce(at_start, self._history)
+        self._rollout = Rollout(self.tuning)
         self.reload = Reload(
-            self.in_force, self._history, self.tuning, self._check_reload, self._config_changed
+            self.in_force, self._history, self._rollout, self._check_reload, self._config_changed
         )
 
     @property
@@ -189,8 +191,10 @@ class Front:
         self._spawn(self.reload.reread())
 
     async def _end_engine(self, work: asyncio.Task[None]) -> None:
-        # An engine that is stopped does not agree to anything any more.
+        # An engine that is stopped does not agree to anything any more, and joins nobody.
         self.tuning.engine_ended()
+        if self.epochs is not None:
+            self.epochs.engine_ended()
         self._loads.engine_ended()
         await self.engine.stop(Shutdown(), ENGINE_GRACE_S)
         work.cancel()
@@ -207,6 +211,7 @@ class Front:
             self.engine.send,
         )
         self.heartbeats, self.epochs, self._coverage = side.heartbeats, side.epochs, side.coverage
+        self._rollout.epochs = side.epochs
         return await start_server(
             config.fleet_host,
             config.fleet_port,

@@ -110,6 +110,7 @@ class VersionFiles:
             OSError: it is still there.
         """
         self._path(number).unlink(missing_ok=True)
+        self._sync_directory()
 
     def _path(self, number: int) -> Path:
         return self.directory / f"config-{number:010}.json"

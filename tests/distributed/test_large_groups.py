@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import sys
 from collections.abc import AsyncIterator
@@ -15,13 +14,11 @@ import grpc
 import psutil
 import pytest
 
-from common.config import load_config, resolve
 from common.grpc_server import CHANNEL_OPTIONS
-from expert_worker.agent import Agent
 from protos import generation_pb2 as pb
 from protos import generation_pb2_grpc
-from router.front.server import Front
 from router.messages import CommitTune
+from tests.distributed.fleet_in_process import fleet
 from tests.distributed.forked_executor import PATH_VARIABLE
 from tests.e2e.fleet import fleet_of, generate
 from tests.router.engine_child import tune
@@ -29,7 +26,6 @@ from tests.tiny_checkpoint import write_checkpoint
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.distributed, pytest.mark.slow]
 
-TOKEN = "a-token-of-the-tests"
 FORKED = "tests.distributed.forked_executor"
 SHAPE: dict[str, Any] = {
     "n_routed_experts": 320,
@@ -40,7 +36,6 @@ SHAPE: dict[str, Any] = {
     "topk_group": 4,
 }
 MOST_BYTES = 12 << 30
-READY_TIMEOUT_S = 240.0
 NUM_TOKENS = 12
 PROMPTS = ("Forty workers share", "x", "The answer does not depend on " * 20)
 
@@ -50,22 +45,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("model")
     write_checkpoint(directory, family="v3", **SHAPE)
     return directory
-
-
-def configuration(folder: Path, model: Path, num_workers: int, **own: Any) -> Path:
-    (folder / "token").write_text(TOKEN)
-    settings = {"fleetPort": 0, "fleetTokenFile": str(folder / "token"), "threads": 1, **own}
-    document = {
-        "ServerConfig": {"port": 0, "managementPort": 0},
-        "ModelDeployConfig": {
-            "maxSeqLen": 256,
-            "ModelConfig": [{"modelWeightPath": str(model), "worldSize": num_workers, "cpuMemSize": 0.1}],
-        },
-        "ExpertMesh": {"registerTimeoutSeconds": 120, "deadlineFloorSeconds": 30, **settings},
-    }
-    file = folder / "config.json"
-    file.write_text(json.dumps(document))
-    return file
 
 
 @asynccontextmanager
@@ -87,37 +66,6 @@ async def forkserver(folder: Path) -> AsyncIterator[psutil.Process]:
         del os.environ[PATH_VARIABLE]
         server.kill()
         await server.wait()
-
-
-@asynccontextmanager
-async def fleet(folder: Path, model: Path, num_workers: int) -> AsyncIterator[tuple[Front, str]]:
-    """A router and its address, and workers whose agents live in this process."""
-    front = Front(resolve(configuration(folder, model, num_workers)))
-    addresses = dict(part.split("=") for part in (await front.listen()).split() if "=" in part)
-    work = [asyncio.create_task(front.run())]
-    agents = []
-    for index in range(num_workers):
-        config = load_config(
-            folder / "config.json",
-            {"ExpertMesh.router": addresses["fleet"], "ExpertMesh.workerId": f"w{index}"},
-        )
-        agents.append(Agent(config, FORKED))
-        await agents[-1].listen()
-        work.append(asyncio.create_task(agents[-1].run()))
-    try:
-        async with asyncio.timeout(READY_TIMEOUT_S):
-            while not front.state.is_ready:
-                for one in work:
-                    if one.done():
-                        one.result()
-                await asyncio.sleep(0.1)
-        yield front, addresses["grpc"]
-    finally:
-        for one in work:
-            one.cancel()
-        await asyncio.gather(*work, return_exceptions=True)
-        await asyncio.gather(*(agent.close() for agent in agents))
-        await front.close()
 
 
 async def greedy(address: str, prompt: str) -> list[int]:
@@ -149,7 +97,8 @@ def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list
 async def test_a_large_group_gives_the_answers_of_one_process_at_both_levels_within_12_gib(
     tmp_path: Path, model: Path, expected: list[list[int]], num_workers: int
 ) -> None:
-    async with forkserver(tmp_path) as server, fleet(tmp_path, model, num_workers) as (front, address):
+    async with forkserver(tmp_path) as server, fleet(tmp_path, model, num_workers, (FORKED,)) as running:
+        front, address = running.front, running.addresses["grpc"]
         for ep_level in (1, 2, 1):
             front.engine.send(tune(ep_level, tune_id=ep_level, deadline_floor_s=30.0))
             front.engine.send(CommitTune(ep_level))

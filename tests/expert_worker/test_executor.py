@@ -83,10 +83,10 @@ def in_process(checkpoint: Path, given: tuple[Tensor, ...]) -> Tensor:
 
 
 async def enter(
-    child: ExecutorChild, checkpoint: Path, store: StoreServer, epoch: int
+    child: ExecutorChild, checkpoint: Path, store: StoreServer, epoch: int, same_host: str = "auto"
 ) -> LinksRouterExchange:
     child.send(prepare(checkpoint, ALONE, 0, store, epoch))
-    router = await join(store, epoch)
+    router = await join(store, epoch, same_host=same_host)
     await child.until(Linked)
     return router
 

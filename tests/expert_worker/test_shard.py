@@ -73,6 +73,24 @@ def test_only_what_is_missing_is_read_and_only_what_is_wanted_stays(checkpoint: 
     assert torch.equal(old[1], new[0])
 
 
+def test_the_same_experts_again_are_the_same_objects_and_no_file_is_read(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, family="v3", vocab_size=256, torch_dtype="float32")
+    held = shard()
+    wanted = {1: (3, 1), 2: (0,)}
+    assert not held.holds(source(tmp_path), wanted)
+    first = dict(held.hold(source(tmp_path), wanted, lambda *_: None))
+    assert held.holds(source(tmp_path), wanted)
+    for file in tmp_path.iterdir():
+        file.unlink()
+    told: list[tuple[int, int]] = []
+    second = held.hold(source(tmp_path), wanted, lambda *amounts: told.append(amounts))
+    assert told == [(3 * BYTES_PER_EXPERT, 3 * BYTES_PER_EXPERT)]
+    assert all(second[layer_id] is first[layer_id] for layer_id in wanted)
+    for other in ({1: (1, 3), 2: (0,)}, {1: (3, 1)}):
+        assert not held.holds(source(tmp_path), other)
+    assert not held.holds(source(tmp_path, "bfloat16"), wanted)
+
+
 def test_a_loading_that_is_interrupted_keeps_what_it_has_read(checkpoint: Path) -> None:
     class Enough(Exception):
         pass

@@ -18,8 +18,19 @@ from common.model_config import ModelConfig
 from common.placement import Placement, contiguous
 from expert_worker.in_process import open_experts
 from expert_worker.step_loop import serve
-from router.messages import Connect, Disconnect, Linked, LinkFailed, Loaded, Lost, Tokens
-from tests.router.engine_child import EngineChild, engine
+from router.messages import (
+    CommitTune,
+    Connect,
+    Disconnect,
+    Linked,
+    LinkFailed,
+    Loaded,
+    Lost,
+    Stats,
+    Tokens,
+    Tuned,
+)
+from tests.router.engine_child import EngineChild, engine, tune
 from tests.router.test_engine_process import SMALL, mixed_requests, request
 from tests.tiny_checkpoint import write_checkpoint
 
@@ -81,7 +92,7 @@ class Workers:
         self._child = child
         self._loaded = loaded
 
-    def connect(self, epoch: int) -> None:
+    def connect(self, epoch: int, waits_for_commit: bool = False) -> None:
         """Send Connect and let the workers come."""
         members: list[dict[str, int | str]] = [
             {"ep_rank": i, "worker": f"w{i}", "incarnation": 7, "prefix": prefix_of(epoch, i)}
@@ -91,7 +102,7 @@ class Workers:
             [layer_id, *(list(owner) for owner in owners)]
             for layer_id, owners in self.placement.layers.items()
         ]
-        self._child.send(Connect(epoch, members, layers, JOIN_TIMEOUT_S))
+        self._child.send(Connect(epoch, members, layers, JOIN_TIMEOUT_S, waits_for_commit))
         joins = [threading.Thread(target=worker.join, args=(epoch, self._loaded)) for worker in self.members]
         for join in joins:
             join.start()
@@ -165,6 +176,29 @@ def test_an_answer_goes_on_unchanged_while_the_next_epoch_takes_over(
     child.until(Tokens, lambda message: message.events[0]["fin"] == "length")
     told = [event for message in child.seen if isinstance(message, Tokens) for event in message.events]
     assert [event["token"] for event in told][-400:] == expected
+
+
+def test_an_answer_goes_on_unchanged_while_epochs_are_held_given_up_and_committed_with_a_tune(
+    linked: tuple[EngineChild, Workers],
+) -> None:
+    child, workers = linked
+    expected = child.answer([request("a", 9, max_tokens=400)])["a"].tokens
+    child.send(request("a", 9, max_tokens=400))
+    child.until(Tokens)
+    for epoch in range(2, 6):
+        workers.connect(epoch, waits_for_commit=True)
+        assert child.until(Linked).epoch == epoch
+        if epoch % 2:
+            child.send(Disconnect(epoch, "a worker refused"))
+        else:
+            child.send(tune(1 + epoch % 4 // 2, 2, tune_id=epoch, deadline_floor_s=5.0))
+            assert child.until(Tuned).tune_id == epoch
+            child.send(CommitTune(epoch, epoch))
+        assert child.until(Stats, lambda stats: stats.num_running == 1).epoch == epoch - epoch % 2
+    child.until(Tokens, lambda message: message.events[0]["fin"] == "length")
+    told = [event for message in child.seen if isinstance(message, Tokens) for event in message.events]
+    assert [event["token"] for event in told][-400:] == expected
+    assert not any(isinstance(message, Lost) for message in child.seen)
 
 
 def test_a_disconnect_loses_what_runs_and_nothing_after(linked: tuple[EngineChild, Workers]) -> None:

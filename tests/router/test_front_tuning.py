@@ -87,7 +87,6 @@ async def test_what_makes_no_difference_to_the_engine_is_not_asked() -> None:
     bench.is_loaded = False
     new = bench.old.model_copy(update={"max_queued_requests": 3})
     assert await bench.tuning.propose(bench.old, new) is None
-    bench.tuning.commit(None)
     assert (bench.sent, bench.restarts) == ([], 0)
 
 
@@ -99,8 +98,8 @@ async def test_what_was_agreed_to_is_committed_by_its_id() -> None:
     assert isinstance(tune, Tune)
     assert tune == tune_of(bench.new, tune.tune_id)
     bench.tuning.answered(Tuned(tune.tune_id))
-    bench.tuning.commit(await task)
-    assert bench.sent == [tune, CommitTune(tune.tune_id)]
+    bench.tuning.commit(await task, 7)
+    assert bench.sent == [tune, CommitTune(tune.tune_id, 7)]
 
 
 @pytest.mark.asyncio
@@ -138,5 +137,5 @@ async def test_another_engine_that_was_started_with_the_old_configuration_is_sta
     agreed = await task
     bench.tuning.engine_ended()
     bench.tuning.engine_started()
-    bench.tuning.commit(agreed)
+    bench.tuning.commit(agreed, 0)
     assert (len(bench.sent), bench.restarts) == (1, 1)

@@ -165,7 +165,7 @@ async def test_a_reload_to_level_2_is_taken_where_the_pairs_reach_each_other(tmp
     async with serving(front_config(tmp_path, 2)) as running:
         assert (await reload(running, await with_level(running, 2))).applied
         status = await running.status()
-        assert (status.ready, status.ep_level, status.epoch) == (True, 2, 1)
+        assert (status.ready, status.ep_level, status.epoch) == (True, 2, 2)
 
 
 @pytest.mark.asyncio

@@ -15,16 +15,27 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from common.config import Effective, resolve
+from common.config import Config, Effective, resolve
 from common.errors import ExpertMeshError
+from router.front import epoch_attempt
 from router.front.config_history import ConfigHistory
 from router.front.config_in_force import ConfigInForce
 from router.front.engine_tuning import EngineTuning, tune_of
 from router.front.reload import Outcome, Proposal, Reload
+from router.front.rollout import Rollout
 from router.front.version_files import VersionFiles
 from router.messages import CommitTune, Tune, Tuned, TuneRefused
+from tests.router import reload_fleet
+from tests.router.reload_fleet import LOADED, NUM_WORKERS, Links, Workers, needs_of
 from tests.router.test_config_history import Crash, failing_at
 
+WORKER_CALLS = st.sampled_from(
+    [
+        *[reload_fleet.AGREES] * 4,
+        *(reload_fleet.REFUSES, reload_fleet.DIES_PREPARING),
+        *(reload_fleet.IS_LATE, reload_fleet.DIES_PREPARED),
+    ]
+)
 AGREES, REFUSES, SILENT, DIES, AGREES_AND_DIES, IS_REPLACED = range(6)
 ENGINE_CALLS = st.sampled_from([AGREES, AGREES, REFUSES, SILENT, DIES, AGREES_AND_DIES, IS_REPLACED])
 HOT = st.fixed_dictionaries(
@@ -43,8 +54,9 @@ BAD = st.sampled_from(
 class World:
     """One run of a router: everything but its gRPC and its processes. `behaviour` is the engine's."""
 
-    def __init__(self, folder: Path, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, folder: Path, loop: asyncio.AbstractEventLoop, has_workers: bool) -> None:
         self.loop = loop
+        self.links = Links()
         self.behaviour = AGREES
         self.engine: Tune | None = None
         self._proposed: Tune | None = None
@@ -53,22 +65,41 @@ class World:
         self.tuning = EngineTuning(
             self._to_engine, self.restart_engine, lambda: self.engine is not None, 0.02
         )
-        self.reload = Reload(
-            self.in_force, self.history, self.tuning, self._check, lambda before, after: None
-        )
+        self.workers = Workers(lambda: self.in_force.config, self._to_engine) if has_workers else None
+        rollout = Rollout(self.tuning, self.workers.epochs if self.workers is not None else None)
+        self.reload = Reload(self.in_force, self.history, rollout, self._check, self._changed)
         self.restart_engine()
 
     async def _check(self, after: Effective) -> None:
         """There is no fleet that could not go on."""
 
+    def _changed(self, before: Config, after: Config) -> None:
+        if self.workers is not None:
+            self.workers.epochs.wake()
+
     def restart_engine(self) -> None:
         """What KeptChild does: the next engine is configured with what is in force at that moment."""
         self.tuning.engine_started()
         self._proposed, self.engine = None, tune_of(self.in_force.config, 0)
+        self.links = Links()
+        if self.workers is not None:
+            self.workers.state.engine_loaded(LOADED)
+            self.workers.epochs.wake()
 
     def kill_engine(self) -> None:
         self.engine = None
         self.tuning.engine_ended()
+        if self.workers is not None:
+            self.workers.state.engine_ended()
+            self.workers.epochs.engine_ended()
+
+    def settle(self) -> None:
+        """What was about to happen happens, and who died is started again."""
+        self.loop.run_until_complete(asyncio.sleep(0.001))
+        if self.engine is None:
+            self.restart_engine()
+        if self.workers is not None:
+            self.loop.run_until_complete(self.workers.serving())
 
     def _to_engine(self, message: object) -> None:
         if self.engine is None:
@@ -76,10 +107,13 @@ class World:
         if isinstance(message, CommitTune):
             assert self._proposed is not None
             assert self._proposed.tune_id == message.tune_id
+            self.links.commit(message.epoch)
             self.engine = self._proposed
         elif isinstance(message, Tune):
             self._proposed = message
             self.loop.call_soon(self._answer, message.tune_id)
+        elif self.workers is not None and (linked := self.links.take(message)) is not None:
+            self.loop.call_soon(self.workers.epochs.linked, linked)
 
     def _answer(self, tune_id: int) -> None:
         if self.behaviour == REFUSES:
@@ -98,8 +132,12 @@ class World:
 class ReloadMachine(RuleBasedStateMachine):
     """`expected` is what is in force, `kept` is the whole history: (number, document)."""
 
+    num_workers = 0
+
     def __init__(self) -> None:
         super().__init__()
+        self.patched = pytest.MonkeyPatch()
+        self.patched.setattr(epoch_attempt, "BESIDE_TIMEOUT_S", 0.3)
         self.folder = Path(tempfile.mkdtemp(prefix="reload-states-"))
         self.loop = asyncio.new_event_loop()
         self.kept: list[tuple[int, dict[str, Any]]] = []
@@ -116,13 +154,14 @@ class ReloadMachine(RuleBasedStateMachine):
         self.start()
 
     def document_of(self, own: dict[str, Any], ep_level: int = 1) -> dict[str, Any]:
-        model = {"worldSize": 0, "models": {"deepseekv2": {"ep_level": ep_level}}}
+        model = {"worldSize": self.num_workers, "models": {"deepseekv2": {"ep_level": ep_level}}}
         section = {**own, "stateDir": str(self.folder / "state")}
         return {"ModelDeployConfig": {"ModelConfig": [model]}, "ExpertMesh": section}
 
     def start(self) -> None:
         (self.folder / "config.json").write_text(json.dumps(self.file))
-        self.world = World(self.folder, self.loop)
+        self.world = World(self.folder, self.loop, self.num_workers > 0)
+        self.world.settle()
         if not self.kept or self.kept[-1][1] != self.file:
             self.kept.append((self.now.in_force.version.number, copy.deepcopy(self.file)))
         self.expected = self.kept[-1]
@@ -132,8 +171,12 @@ class ReloadMachine(RuleBasedStateMachine):
             self.world.history.close()
             self.world = None
 
-    def apply(self, proposal: Proposal, behaviour: int = AGREES) -> Outcome | BaseException:
+    def apply(
+        self, proposal: Proposal, behaviour: int = AGREES, of_worker: int = reload_fleet.AGREES
+    ) -> Outcome | BaseException:
         self.now.behaviour = behaviour
+        if self.now.workers is not None:
+            self.now.workers.behaviour = of_worker
 
         async def work() -> Outcome:
             return await self.now.reload.apply(proposal)
@@ -143,10 +186,7 @@ class ReloadMachine(RuleBasedStateMachine):
         except (ExpertMeshError, Crash) as error:
             return error
         finally:
-            # What the engine was about to do happens, and a dead one is started again.
-            self.loop.run_until_complete(asyncio.sleep(0.001))
-            if self.now.engine is None:
-                self.now.restart_engine()
+            self.now.settle()
 
     def took(self, outcome: Outcome, document: dict[str, Any]) -> None:
         if document == self.expected[1]:
@@ -157,14 +197,19 @@ class ReloadMachine(RuleBasedStateMachine):
         self.expected = (outcome.version, copy.deepcopy(document))
         self.kept.append(self.expected)
 
-    @rule(own=HOT, ep_level=st.sampled_from([1, 2]), behaviour=ENGINE_CALLS)
-    def reload(self, own: dict[str, Any], ep_level: int, behaviour: int) -> None:
+    @rule(own=HOT, ep_level=st.sampled_from([1, 2]), behaviour=ENGINE_CALLS, of_worker=WORKER_CALLS)
+    def reload(self, own: dict[str, Any], ep_level: int, behaviour: int, of_worker: int) -> None:
         document = self.document_of(own, ep_level)
-        outcome = self.apply(Proposal(document, "peer", "reload"), behaviour)
+        effective = self.now.in_force.effective
+        acts = tune_of(effective.replaced_by(document, "").config, 0) != tune_of(effective.config, 0)
+        outcome = self.apply(Proposal(document, "peer", "reload"), behaviour, of_worker)
+        fails = behaviour in (REFUSES, SILENT, DIES)
+        if self.num_workers:
+            # All have to live until it is in force; without workers the next engine takes it up.
+            fails = fails or behaviour != AGREES or of_worker != reload_fleet.AGREES
+        assert isinstance(outcome, Outcome) == (not (fails and acts))
         if isinstance(outcome, Outcome):
             self.took(outcome, document)
-        else:
-            assert behaviour in (REFUSES, SILENT, DIES)
 
     @rule(own=HOT, bad=BAD)
     def reload_what_is_wrong_or_cold(self, own: dict[str, Any], bad: dict[str, Any]) -> None:
@@ -180,11 +225,14 @@ class ReloadMachine(RuleBasedStateMachine):
         )
         assert isinstance(self.apply(proposal), ExpertMeshError)
 
-    @rule(own=HOT, ep_level=st.sampled_from([1, 2]), behaviour=ENGINE_CALLS)
-    def dry_run(self, own: dict[str, Any], ep_level: int, behaviour: int) -> None:
+    @rule(own=HOT, ep_level=st.sampled_from([1, 2]), behaviour=ENGINE_CALLS, of_worker=WORKER_CALLS)
+    def dry_run(self, own: dict[str, Any], ep_level: int, behaviour: int, of_worker: int) -> None:
         proposal = Proposal(self.document_of(own, ep_level), "peer", "reload", is_dry_run=True)
-        outcome = self.apply(proposal, behaviour)
+        epoch = self.now.links.epoch
+        outcome = self.apply(proposal, behaviour, of_worker)
         assert not isinstance(outcome, Outcome) or not outcome.is_applied
+        if behaviour in (AGREES, REFUSES, SILENT):
+            assert self.now.links.epoch == epoch
 
     @rule(data=st.data())
     def roll_back(self, data: st.DataObject) -> None:
@@ -232,7 +280,13 @@ class ReloadMachine(RuleBasedStateMachine):
     @rule()
     def the_engine_dies(self) -> None:
         self.now.kill_engine()
-        self.now.restart_engine()
+        self.now.settle()
+
+    @rule()
+    def a_worker_dies(self) -> None:
+        if self.now.workers is not None:
+            self.now.workers.agents["w0"].die()
+            self.now.settle()
 
     @rule(own=HOT)
     def the_file_is_read_again(self, own: dict[str, Any]) -> None:
@@ -240,6 +294,7 @@ class ReloadMachine(RuleBasedStateMachine):
         (self.folder / "config.json").write_text(json.dumps(self.file))
         self.now.behaviour = AGREES
         self.loop.run_until_complete(self.now.reload.reread())
+        self.now.settle()
         if self.file != self.expected[1]:
             self.expected = (self.now.in_force.version.number, copy.deepcopy(self.file))
             self.kept.append(self.expected)
@@ -256,6 +311,12 @@ class ReloadMachine(RuleBasedStateMachine):
         engine = self.now.engine
         assert engine is not None
         assert tune_of(alone, engine.tune_id) == engine
+        if self.now.workers is not None:
+            # And in every worker: the epoch in force is one that all prepared for this configuration.
+            epoch = self.now.workers.state.epoch
+            assert (self.now.links.epoch, self.now.links.held) == (epoch, 0)
+            agents = self.now.workers.agents.values()
+            assert [agent.prepared[epoch] for agent in agents] == [needs_of(alone)] * self.num_workers
         assert [(version.number, version.document) for version in self.now.history.versions] == self.kept
 
     @staticmethod
@@ -268,9 +329,18 @@ class ReloadMachine(RuleBasedStateMachine):
         self.loop.run_until_complete(self.loop.shutdown_default_executor())
         self.loop.close()
         shutil.rmtree(self.folder)
+        self.patched.undo()
 
 
-ReloadMachine.TestCase.settings = settings(
-    max_examples=30, stateful_step_count=16, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+class FleetReloadMachine(ReloadMachine):
+    """The same with expert workers, which agree, refuse, are late or die."""
+
+    num_workers = NUM_WORKERS
+
+
+for machine in (ReloadMachine, FleetReloadMachine):
+    machine.TestCase.settings = settings(
+        max_examples=30, stateful_step_count=16, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
 TestReloads = ReloadMachine.TestCase
+TestReloadsOfAFleet = FleetReloadMachine.TestCase
