@@ -194,6 +194,8 @@ class MLA(nn.Module):
         blocks = cache.layer(self.layer_id)
         self.kernels.store_latents(blocks, batch.slot_mapping, kv_c, k_pe)
 
+        if len(batch.decode_rows) == len(hidden_states):  # as in most steps: no row has to be picked out
+            return self.o_proj(self._attend_absorbed(q_nope, q_pe, batch, blocks).flatten(1))
         output = torch.empty(
             len(hidden_states),
             self.num_heads,
