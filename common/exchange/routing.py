@@ -184,8 +184,8 @@ def sort_rows(slot_keys: Tensor, table: LayerTable) -> SortedRows:
     native = _native_routing_for(slot_keys)
     made = native.sort(slot_keys, len(table.num_local), table.most_local) if native is not None else None
     if made is not None:
-        *tensors, ends = made
-        return SortedRows(*tensors, tuple(ends.tolist()))
+        token_of, position_of, counts, ends = made
+        return SortedRows(token_of, position_of, counts, tuple(ends.tolist()))
     keys = slot_keys.reshape(-1)
     order = torch.argsort(keys, stable=True)
     position_of = torch.empty_like(order)
