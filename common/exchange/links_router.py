@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -136,26 +137,27 @@ class LinksRouterExchange:
         flight = _InFlight(layer_id, micro_batch, num_tokens, None, topk_weights, hidden_states)
         keys = self._slots.place(layer_id, micro_batch, topk_ids)
         table = self._slots.table(layer_id)
-        outgoing: list[_Outgoing] = []
+        outgoing: list[list[_Outgoing]] = []
         if self._step.ep_level == ALL_GATHER:
             for worker in self._workers:
                 header = self._header(worker, wire.ROWS, layer_id, micro_batch, num_tokens)
                 header.first_key = worker.ep_rank * table.most_local
                 reply_bytes = wire.HEADER_BYTES + num_tokens * self._shape.hidden_size * 8
                 self._request(worker, _Request(flight, header, 0, num_tokens, start_ns), reply_bytes)
-                outgoing.append((worker, header, (keys, topk_weights, hidden_states)))
+                outgoing.append([(worker, header, (keys, topk_weights, hidden_states))])
         else:
             sorted_rows = sort_rows(keys, table)
             count_extra_rounds(self.extra, self._step, sorted_rows)
             flight.sorted_rows = sorted_rows
             sent = gather_rows(hidden_states, sorted_rows.token_of, self._shape.quantizer(layer_id))
             flight.output = sent.rows.new_empty(sent.rows.shape, dtype=self._shape.dtype)
-            for worker in self._workers:
-                outgoing += self._requests_of(worker, flight, sorted_rows, sent)
+            outgoing = [self._requests_of(worker, flight, sorted_rows, sent) for worker in self._workers]
         # A message wakes its worker, which then takes turns with this thread, and may keep it from its core
-        # until it has computed: every message is written before the first one leaves.
-        for worker, message, header in [self._written(*each, "dispatch") for each in outgoing]:
-            self._post(worker, message, header, "dispatch")
+        # until it has computed: all workers' messages of a round are written before the first of them leaves.
+        for messages in zip_longest(*outgoing):
+            due: list[_Outgoing] = [message for message in messages if message is not None]
+            for written in [self._written(*message, "dispatch") for message in due]:
+                self._post(*written, "dispatch")
         self._record("dispatch", start_ns, "router", layer_id)
         return flight
 

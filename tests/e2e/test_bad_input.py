@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ TIMEOUT_S = 60.0
 EXPERT = "model.layers.2.mlp.experts.5.up_proj.weight"
 ATTENTION = "model.layers.2.self_attn.kv_a_proj_with_mqa.weight"
 TOKEN_VARIABLE = "EXPERTMESH_FLEET_TOKEN"
+STARTED_BY = "STARTED_BY_TEST"
 
 
 def remove_a_shard(model: Path) -> str:
@@ -95,21 +95,18 @@ def test_a_damaged_checkpoint_ends_up_with_a_sentence_that_names_the_damage(
     model = tmp_path / "model"
     shutil.copytree(v3_model, model)
     named = damage(model)
-    before = time.time()
-    done = run(*command("up", "--model", str(model), "--port", "0", "--expert-workers", "2"))
+    flags = ("--model", str(model), "--port", "0", "--expert-workers", "2")
+    done = run(*command("up", *flags), **{STARTED_BY: str(tmp_path)})
     assert done.returncode == 2, done.stderr
     assert named in last_line(done)
     assert done.stdout == ""
-    assert not [one for one in psutil.process_iter() if is_service_since(one, before)]
+    assert not [one for one in psutil.process_iter() if was_started_by(one, str(tmp_path))]
 
 
-def is_service_since(process: psutil.Process, since: float) -> bool:
-    """Whether a service started since then is still there, whoever its parent is now."""
+def was_started_by(process: psutil.Process, test: str) -> bool:
+    """Whether a process has inherited a test's mark, whoever its parent is now."""
     try:
-        line = " ".join(process.cmdline())
-        return process.create_time() > since and any(
-            module in line for module in ("-m router", "-m expert_worker")
-        )
+        return process.environ().get(STARTED_BY) == test
     except psutil.Error:
         return False
 
