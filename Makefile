@@ -4,6 +4,7 @@
 #   TORCH_INDEX_URL  where torch comes from, for example https://download.pytorch.org/whl/cu130 for CUDA;
 #                    default: the CPU build, wherever pip finds one (see README, "Install")
 #   PYTEST_ARGS      more arguments for pytest, for example PYTEST_ARGS='-k exchange -x'
+#   TEST_PROCESSES   how many files of tests run at a time in `make test` (default 2; 0: all in one process)
 #   BENCH_ARGS       arguments for the serving benchmark: where its peers are (benchmarks/README.md)
 
 SHELL := /bin/bash
@@ -17,9 +18,10 @@ FAKE_CANN := $(CURDIR)/.cache/fake-cann
 PYTHON ?=
 TORCH_INDEX_URL ?=
 PYTEST_ARGS ?=
+TEST_PROCESSES ?= 2
 BENCH_ARGS ?=
 
-.PHONY: help setup demo test test-all test-slow test-compose test-npu lint format types protos check bench clean
+.PHONY: help setup setup-npu demo test test-all test-slow test-compose test-npu lint format types protos check bench clean
 
 help:  ## Say what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -38,8 +40,9 @@ $(VENV)/.installed: pyproject.toml scripts/setup.sh hatch_build.py $(wildcard co
 demo: setup  ## Start a router and two expert workers on the demo model and stream an answer
 	@scripts/demo.sh $(BIN)
 
+# Many tests wait for processes that they start: two at a time make use of two cores. A file stays together.
 test: setup  ## Run the tests (no accelerator needed)
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 test-all: setup  ## Run the slow tests too
 	@$(BIN)/python -m pytest -m 'not cuda and not npu and not compose' $(PYTEST_ARGS)
@@ -60,7 +63,9 @@ $(FAKE_CANN)/.built: $(NPU_VENV)/.installed $(wildcard tests/npu/fake_cann/*)
 	@$(NPU_VENV)/bin/python -m tests.npu.fake_cann.build $(FAKE_CANN)
 	@touch $@
 
-test-npu: $(FAKE_CANN)/.built  ## Run the NPU path: the real torch_npu on a fake CANN (see docs/npu.md)
+setup-npu: $(FAKE_CANN)/.built  ## Create .venv-npu with torch_npu, and build the fake CANN
+
+test-npu: setup-npu  ## Run the NPU path: the real torch_npu on a fake CANN (see docs/npu.md)
 	@FAKE_CANN=$(FAKE_CANN) PYTHONPATH=tests/npu/site $(NPU_VENV)/bin/python -m pytest -m npu tests/npu $(PYTEST_ARGS)
 
 lint: setup  ## Style, and who imports whom

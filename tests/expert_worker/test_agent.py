@@ -146,6 +146,7 @@ async def test_a_stopped_executor_is_seen_and_replaced_when_the_router_asks(tmp_
         first = one.last.incarnation
         child = next(p for p in psutil.Process().children() if "expert_worker.executor" in p.cmdline())
         child.suspend()
+        await one.until(lambda: child.status() == psutil.STATUS_STOPPED)
         assert (await one.heartbeat()).executor_state == "stopped"
         async with one.stub() as stub:
             request = pb.RestartExecutorRequest(term=11, incarnation=first, reason="it is stopped")

@@ -118,7 +118,7 @@ async def test_buffers_of_the_epoch_in_force_are_not_needed_a_second_time(checkp
 
 
 @pytest.mark.parametrize("transport", ["auto", "links"])
-async def test_a_hundred_epochs_in_a_row_leave_neither_descriptors_nor_threads_behind(
+async def test_forty_epochs_in_a_row_leave_neither_descriptors_nor_threads_behind(
     checkpoint: Path, transport: str
 ) -> None:
     given = rows_of(3)
@@ -128,7 +128,7 @@ async def test_a_hundred_epochs_in_a_row_leave_neither_descriptors_nor_threads_b
         router = await enter(child, checkpoint, store, 1, transport)
         expected, in_force = step(router, 1, 1, given), 1
         sizes = process.num_fds(), process.num_threads()
-        for epoch in range(2, 102):
+        for epoch in range(2, 42):
             following = await enter(child, checkpoint, store, epoch, transport)
             if epoch % 3 == 0:  # given up: the engine lets go of what nobody committed
                 following.close()
@@ -138,5 +138,5 @@ async def test_a_hundred_epochs_in_a_row_leave_neither_descriptors_nor_threads_b
             router.close()
             router, in_force = following, epoch
         await until(lambda: process.num_fds() <= sizes[0] + 2 and process.num_threads() <= sizes[1] + 2)
-        assert torch.equal(step(router, in_force, 200, given), expected)
+        assert torch.equal(step(router, in_force, 100, given), expected)
         router.close()
