@@ -1,9 +1,10 @@
-"""How long weights take to load, beside a plain read of as many bytes of the same files.
+"""How long weights take to load, beside a plain read of as many bytes and the first use of as much memory.
 
 `python -m benchmarks.bench_load MODEL_DIR [--expert-workers 2] [--rounds 3]`
 
-Each load has a process of its own, and a plain read is timed just before it there. The files are read once
-before, so that they come from memory and it is our work that is measured, not the disk.
+Each load has a process of its own; the two others are timed just before it there. The files are read once
+before, so that they come from memory and it is our work that is measured, not the disk. New memory, in the
+large pages that weights lie in, is the system's work, and may take longer than all the rest.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from common.checkpoint import Checkpoint
 from common.device import open_device
+from common.huge_pages import HugePageArena
 from common.model_config import ModelConfig
 from common.tensor_names import is_elsewhere
 from expert_worker.kernels import load_kernels
@@ -59,6 +61,11 @@ def read_plainly(model: Path, num_bytes: int) -> None:
                 num_bytes -= count
 
 
+def use_memory(num_bytes: int) -> None:
+    """Have the system give as much memory as weights of this size take, and write to all of it."""
+    HugePageArena(num_bytes).take(num_bytes).fill_(1)
+
+
 def seconds(work: Callable[[], None]) -> float:
     """How long something takes."""
     began = time.perf_counter()
@@ -66,9 +73,10 @@ def seconds(work: Callable[[], None]) -> float:
     return time.perf_counter() - began
 
 
-def measure(model: Path, load: Callable[[], None], num_bytes: int) -> tuple[float, float]:
-    """Seconds of a plain read and of a load, in this process."""
-    return seconds(partial(read_plainly, model, num_bytes)), seconds(load)
+def measure(model: Path, load: Callable[[], None], num_bytes: int) -> tuple[float, float, float]:
+    """Seconds of a plain read, of the first use of memory, and of a load, in this process."""
+    plain = partial(read_plainly, model, num_bytes), partial(use_memory, num_bytes)
+    return seconds(plain[0]), seconds(plain[1]), seconds(load)
 
 
 def main() -> None:
@@ -82,7 +90,7 @@ def main() -> None:
     options = parser.parse_args()
     router_bytes, expert_bytes = stored_bytes(options.model)
     read_plainly(options.model, router_bytes + expert_bytes)
-    print("| who | MB | load s | plain read s | load / read |\n" + "|---" * 5 + "|")
+    print("| who | MB | load s | plain read s | new memory s | load / both |\n" + "|---" * 6 + "|")
     for who, load, num_bytes in (
         ("router", partial(load_router, options.model), router_bytes),
         (
@@ -93,9 +101,10 @@ def main() -> None:
     ):
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
             rounds = [pool.apply(measure, (options.model, load, num_bytes)) for _ in range(options.rounds)]
-        read_s, load_s = (statistics.median(column) for column in zip(*rounds, strict=True))
-        ratio = statistics.median(load / read for read, load in rounds)
-        print(f"| {who} | {num_bytes / 1e6:.0f} | {load_s:.2f} | {read_s:.2f} | {ratio:.1f} |", flush=True)
+        read_s, memory_s, load_s = (statistics.median(column) for column in zip(*rounds, strict=True))
+        ratio = statistics.median(load / (read + memory) for read, memory, load in rounds)
+        figures = (f"{value:.2f}" for value in (load_s, read_s, memory_s, ratio))
+        print(f"| {who} | {num_bytes / 1e6:.0f} | {' | '.join(figures)} |", flush=True)
 
 
 if __name__ == "__main__":
