@@ -23,6 +23,9 @@ from expert_worker.kernels import ExpertKernels, PackedExperts, PackedInt8Expert
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+RELEASE_BYTES = 1 << 27
+"""Weights that are loaded between two returns of freed memory, which the next read would have used again."""
+
 Expert = tuple[int, int]
 """layer_id, and the expert's index in the checkpoint."""
 
@@ -90,13 +93,18 @@ class Shard:
         self._source = source
         total = sum(reader.num_bytes(expert) for expert in reader.wanted)
         on_progress(self.loaded_bytes, total)
+        unreleased = 0
         for expert in reader.wanted:
             if expert not in self._experts:
                 self._experts[expert] = reader.read(expert, self._kernels, self._device)
-                release_freed_memory()
                 self._num_bytes[expert] = reader.num_bytes(expert)
                 self.loaded_bytes += self._num_bytes[expert]
+                unreleased += self._num_bytes[expert]
+                if unreleased >= RELEASE_BYTES:
+                    release_freed_memory()
+                    unreleased = 0
                 on_progress(self.loaded_bytes, total)
+        release_freed_memory()
         layers = {layer_id: self._layer(layer_id, own) for layer_id, own in experts.items()}
         held = [layer for layer in layers.values() if layer.num_local_experts]
         self._is_fused = bool(held) and all(layer.is_fused for layer in held)
