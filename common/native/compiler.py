@@ -27,11 +27,11 @@ def compile_library(compilers: Sequence[str] = COMPILERS, target: Path = LIBRARY
 
     Args:
         compilers: commands, which may hold arguments; those not on PATH are passed over.
-        target: the file to make. An older one is replaced or, without success, removed: it is of other code.
+        target: the file to make. An older one is replaced when the new one is whole, since others may be using
+            it, or, without success, removed: it is of other code.
     """
     reason = f"no C++ compiler was found on PATH ({', '.join(compilers)})"
     try:
-        target.unlink(missing_ok=True)
         for compiler in compilers:
             command = shlex.split(compiler)
             if not command or shutil.which(command[0]) is None:
@@ -40,6 +40,7 @@ def compile_library(compilers: Sequence[str] = COMPILERS, target: Path = LIBRARY
             if failure is None:
                 return None
             reason = f"{compiler} failed: {failure}"
+        target.unlink(missing_ok=True)
     except OSError as error:  # the folder may be read-only
         reason = str(error)
     return reason

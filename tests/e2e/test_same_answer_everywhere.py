@@ -103,7 +103,7 @@ def test_bench_exchange_traces_a_real_step_in_which_router_and_workers_compute_a
         "--prompt-tokens",
         "400",
         "--chunk-rows",
-        "64",
+        "8",  # so many that the last is far from sent when the first is computed
     )
     done = subprocess.run(
         command("bench", "exchange", *flags, "--max-tokens", "4", "--trace", str(file), "--json"),
