@@ -27,8 +27,8 @@ def compile_library(compilers: Sequence[str] = COMPILERS, target: Path = LIBRARY
 
     Args:
         compilers: commands, which may hold arguments; those not on PATH are passed over.
-        target: the file to make. An older one is replaced when the new one is whole, since others may be using
-            it, or, without success, removed: it is of other code.
+        target: the file to make. An older one is replaced when the new one is whole, since others may use it,
+            or, without success, removed: it is of other code.
     """
     reason = f"no C++ compiler was found on PATH ({', '.join(compilers)})"
     try:
