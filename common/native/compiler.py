@@ -12,8 +12,8 @@ from pathlib import Path
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("floats.cpp", "int8.cpp", "routing.cpp"))
 LIBRARY = Path(__file__).with_name("kernels.so")
 COMPILERS = ("g++", "clang++")
-# No fused multiply-add and no other freedom with floats: every path must give the same bits. The paths name
-# the processor they need themselves, so one object runs on all of them.
+# No multiply-add that the source does not ask for, and no other freedom with floats: every path must give the
+# same bits. The paths name the processor they need themselves, so one object runs on all of them.
 FLAGS = (
     *("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
     *("-fvisibility=hidden", "-pthread", "-fPIC", "-shared"),

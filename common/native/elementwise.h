@@ -1,5 +1,6 @@
 // Elementwise functions that all kernels share. Each float operation is a single IEEE operation in a fixed
-// order: compiled with -ffp-contract=off they give the same bits on every processor.
+// order: compiled with -ffp-contract=off they give the same bits on every processor. Where a multiplication and
+// an addition are fused, the source says so.
 #pragma once
 #include <algorithm>
 #include <cstdint>

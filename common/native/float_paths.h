@@ -7,6 +7,8 @@
 using Lanes = float __attribute__((vector_size(64)));
 using Words = uint32_t __attribute__((vector_size(64)));
 using Halves = uint16_t __attribute__((vector_size(32)));
+using Eight = float __attribute__((vector_size(32)));
+using Four = float __attribute__((vector_size(16)));
 
 INLINE Lanes load(const float* from) {
   Lanes lanes;
@@ -43,12 +45,39 @@ INLINE void store_some(const Lanes& lanes, int64_t count, T* to) {
   std::memcpy(to, whole, count * sizeof(T));
 }
 
+INLINE Lanes spread(float x) { return Lanes{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+
+// a * b + c, rounded once: one IEEE operation, which the compiler must not make of two by itself.
+INLINE Lanes fused(const Lanes& a, const Lanes& b, const Lanes& c) {
+#if FUSED_LANES == 16
+  return (Lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif FUSED_LANES == 8
+  __m256 left[2], right[2], sum[2];
+  std::memcpy(left, &a, sizeof a);
+  std::memcpy(right, &b, sizeof b);
+  std::memcpy(sum, &c, sizeof c);
+  for (int half = 0; half < 2; half++) sum[half] = _mm256_fmadd_ps(left[half], right[half], sum[half]);
+  Lanes lanes;
+  std::memcpy(&lanes, sum, sizeof lanes);
+  return lanes;
+#else
+  Lanes lanes;
+  for (int i = 0; i < kLanes; i++) lanes[i] = std::fma(a[i], b[i], c[i]);
+  return lanes;
+#endif
+}
+
+template <class Half, class Whole>
+INLINE Half added_halves(const Whole& whole) {
+  Half halves[2];
+  static_assert(sizeof halves == sizeof whole);
+  std::memcpy(halves, &whole, sizeof whole);
+  return halves[0] + halves[1];
+}
+
 INLINE float total(const Lanes& lanes) {
-  float x[kLanes];
-  store(lanes, x);
-  for (int half = kLanes / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) x[i] += x[i + half];
-  return x[0];
+  const Four four = added_halves<Four>(added_halves<Eight>(lanes));
+  return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 template <class T>
@@ -65,13 +94,17 @@ INLINE void dots_tile(const float* a, int64_t a_stride, const B* b, int64_t b_st
 #pragma GCC unroll 4
     for (int row = 0; row < kRows; row++)
 #pragma GCC unroll 4
-      for (int column = 0; column < kColumns; column++) sums[row][column] += left[row] * right[column];
+      for (int column = 0; column < kColumns; column++)
+        sums[row][column] = fused(left[row], right[column], sums[row][column]);
   };
   Lanes left[kRows], right[kColumns];
   int64_t i = 0;
   for (; i + kLanes <= size; i += kLanes) {
     for (int row = 0; row < kRows; row++) left[row] = load(a + row * a_stride + i);
-    for (int column = 0; column < kColumns; column++) right[column] = load(b + column * b_stride + i);
+    for (int column = 0; column < kColumns; column++) {
+      if (kRows == 1) __builtin_prefetch(b + (column + 2 * kColumns) * b_stride + i);
+      right[column] = load(b + column * b_stride + i);
+    }
     add(left, right);
   }
   if (i < size) {
@@ -123,13 +156,16 @@ INLINE void blend_tile(const float* a, int64_t a_stride, const B* b, int64_t b_s
     Lanes right[kVectors];
     for (int vector = 0; vector < kVectors; vector++) {
       const B* from = b + i * b_stride + vector * kLanes;
+      if (kRows == 1) __builtin_prefetch(from + 16 * b_stride);
       right[vector] = is_whole ? load(from) : load_some(from, columns);
     }
 #pragma GCC unroll 4
-    for (int row = 0; row < kRows; row++)
+    for (int row = 0; row < kRows; row++) {
+      const Lanes left = spread(a[row * a_stride + i]);
 #pragma GCC unroll 4
       for (int vector = 0; vector < kVectors; vector++)
-        sums[row][vector] += a[row * a_stride + i] * right[vector];
+        sums[row][vector] = fused(left, right[vector], sums[row][vector]);
+    }
   }
   for (int row = 0; row < kRows; row++)
     for (int vector = 0; vector < kVectors; vector++) {
@@ -223,9 +259,9 @@ void row_products(const T* x, int64_t x_stride, int64_t rows, const float* weigh
 }
 
 // The rows of one head against its weight, columns first or size first in memory (stride 1).
-template <class T>
-void head_products(const HeadRows<T>& x, const HeadWeight<T>& weight, T* out, int64_t out_stride, float* wide,
-                   float* sums) {
+template <class T, class W>
+INLINE void head_rows_products(const HeadRows<T>& x, const HeadWeight<W>& weight, T* out, int64_t out_stride,
+                               float* wide, float* sums) {
   const float none[kRowTile] = {};
   for (int64_t first = 0; first < x.rows; first += kRowTile) {
     const int64_t rows = std::min(kRowTile, x.rows - first);
@@ -243,6 +279,22 @@ void head_products(const HeadRows<T>& x, const HeadWeight<T>& weight, T* out, in
       for (int64_t column = 0; column < weight.columns; column++)
         narrow(sums[row * weight.columns + column], out + (first + row) * out_stride + column);
   }
+}
+
+template <class T>
+void head_products(const HeadRows<T>& x, const HeadWeight<T>& weight, T* out, int64_t out_stride, float* wide,
+                   float* sums, float* wide_weight) {
+  if (wide_weight) {  // as many rows as pay for it
+    const int64_t lines = weight.size_stride == 1 ? weight.columns : weight.size;
+    const int64_t length = weight.size_stride == 1 ? weight.size : weight.columns;
+    const int64_t stride = weight.size_stride == 1 ? weight.column_stride : weight.size_stride;
+    for (int64_t line = 0; line < lines; line++)
+      widen_row(weight.from + line * stride, length, wide_weight + line * length);
+    HeadWeight<float> own = {wide_weight, weight.columns, weight.size, length, length};
+    (weight.size_stride == 1 ? own.size_stride : own.column_stride) = 1;
+    return head_rows_products(x, own, out, out_stride, wide, sums);
+  }
+  head_rows_products(x, weight, out, out_stride, wide, sums);
 }
 
 // Some heads of one query against the latents of its sequence, tile by tile from its beginning: a running

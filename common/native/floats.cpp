@@ -12,11 +12,15 @@
 
 #include "elementwise.h"
 #include "threads.h"
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 namespace floats {
 
 constexpr int kLanes = 16;
 constexpr int64_t kRowTile = 16;         // rows that meet a head's weight while it is in the cache
+constexpr int64_t kManyRows = 6;         // rows that pay for widening a head's weight once
 constexpr int64_t kKeyTile = 32;         // keys between two looks at the maximum
 constexpr int64_t kMostHeads = 8;        // heads of a query that read the same latents together
 constexpr int64_t kQueryTile = 32;       // queries of a prompt that meet the same keys
@@ -72,17 +76,20 @@ struct PromptState {
 
 #define INLINE_LAMBDA __attribute__((always_inline))
 
+#define FUSED_LANES 1
 namespace portable {
 #include "float_paths.h"
 }
 
 #ifdef __x86_64__
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2")
+#pragma GCC target("avx2,fma")
 #endif
+#undef FUSED_LANES
+#define FUSED_LANES 8
 namespace avx2 {
 #include "float_paths.h"
 }
@@ -95,6 +102,8 @@ namespace avx2 {
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl")
 #endif
+#undef FUSED_LANES
+#define FUSED_LANES 16
 namespace avx512 {
 #include "float_paths.h"
 }
@@ -184,12 +193,14 @@ bool head_rows(int path, int threads, const T* x, int64_t tokens, int64_t heads,
   return try_each(threads_for(threads, heads, products), heads, [&](int64_t head) {
     HeadWeight<T> own = weight;
     own.from += head * weight_stride;
-    const int64_t rows = std::min(kRowTile, tokens);
-    Workspace work(rows * (weight.size + weight.columns));
+    const int64_t rows = std::min(kRowTile, tokens), is_many = tokens >= kManyRows;
+    Workspace work(rows * (weight.size + weight.columns) + is_many * weight.size * weight.columns);
     float* wide = work.take(rows * weight.size);
+    float* sums = work.take(rows * weight.columns);
+    float* wide_weight = is_many ? work.take(weight.size * weight.columns) : nullptr;
     ON_PATH(path,
             head_products<T>({x + head * head_stride, tokens, token_stride}, own, out + head * weight.columns,
-                             heads * weight.columns, wide, work.take(rows * weight.columns)));
+                             heads * weight.columns, wide, sums, wide_weight));
   });
 }
 

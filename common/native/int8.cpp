@@ -33,7 +33,7 @@ using namespace int8;
 extern "C" {
 
 // Of this interface. common/native_int8.py refuses a library of another one.
-EXPORT int int8_version() { return 4; }
+EXPORT int int8_version() { return 5; }
 
 // The best path of this CPU; the lower numbers work too. 0 portable, 1 AVX2, 2 AVX-512 VNNI.
 EXPORT int int8_best_path() {
@@ -43,7 +43,7 @@ EXPORT int int8_best_path() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512vnni"))
     return 2;
-  if (__builtin_cpu_supports("avx2")) return 1;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
   return 0;
 }
