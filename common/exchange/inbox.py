@@ -34,6 +34,7 @@ class Inbox(Generic[ItemT]):
     def __init__(self) -> None:
         self._items: deque[ItemT] = deque()
         self._links: list[MessageLink] = []
+        self._backlogged: list[MessageLink] = []
         self._selector = selectors.DefaultSelector()
         self._bell, self._button = socket.socketpair()
         for end in (self._bell, self._button):
@@ -57,6 +58,7 @@ class Inbox(Generic[ItemT]):
         """Look at a link no more; before it is closed, since its number may then be given to another."""
         if link in self._links:
             self._links.remove(link)
+            self._backlogged = [other for other in self._backlogged if other is not link]
             with contextlib.suppress(KeyError, ValueError, OSError):
                 self._selector.unregister(link.readable)  # type: ignore[arg-type]
 
@@ -116,20 +118,22 @@ class Inbox(Generic[ItemT]):
 
     def _watch_backlogs(self) -> None:
         for link in tuple(self._links):
-            if link.is_backlogged:
+            if link.is_backlogged and link not in self._backlogged:
+                self._backlogged.append(link)
                 self._listen(link, selectors.EVENT_READ | selectors.EVENT_WRITE)
 
     def _listen(self, link: MessageLink, events: int) -> None:
         with contextlib.suppress(KeyError, ValueError, OSError):  # another thread has just dropped it
             key = self._selector.get_key(link.readable)  # type: ignore[arg-type]
-            if key.events != events:
-                self._selector.modify(key.fileobj, events, key.data)
+            self._selector.modify(key.fileobj, events, key.data)
 
     def _look(self, link: MessageLink, open_message: Opener[ItemT]) -> None:
         try:
-            while (message := link.receive()) is not None:
+            # One at a time: most come alone, and looking for another costs as much as being told of it.
+            if (message := link.receive()) is not None:
                 self._append(open_message(message, link.came_ns))
-            if not link.is_backlogged:
+            if link in self._backlogged and not link.is_backlogged:
+                self._backlogged.remove(link)
                 self._listen(link, selectors.EVENT_READ)
         except LinkError as error:
             self.forget(link)

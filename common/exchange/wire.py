@@ -5,8 +5,10 @@ Shapes: T tokens, K experts per token, R rows, D hidden_size, E_local experts a 
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from dataclasses import dataclass, fields
+from math import prod
 from operator import attrgetter
 
 import torch
@@ -73,7 +75,7 @@ def size_class(count: int) -> int:
 
 def total_bytes(*arrays: Tensor) -> int:
     """Length of a message with these arrays."""
-    return HEADER_BYTES + sum(array.numel() * array.element_size() for array in arrays)
+    return HEADER_BYTES + sum([array.nbytes for array in arrays])
 
 
 def pack(buffer: Tensor, header: Header, *arrays: Tensor) -> Tensor:
@@ -86,18 +88,30 @@ def pack(buffer: Tensor, header: Header, *arrays: Tensor) -> Tensor:
         raise MessageError(
             f"a message of {header.num_bytes} bytes exceeds the {buffer.numel()} bytes announced for its step"
         )
-    words = bytearray(_packed.pack(MAGIC, *_words_of(header)))
-    buffer[:HEADER_BYTES].copy_(torch.frombuffer(words, dtype=torch.uint8))
-    write_arrays(buffer[HEADER_BYTES:], *arrays)
+    words = _packed.pack(MAGIC, *_words_of(header))
+    if buffer.is_cpu:
+        ctypes.memmove(buffer.data_ptr(), words, HEADER_BYTES)
+    else:
+        buffer[:HEADER_BYTES].copy_(torch.frombuffer(bytearray(words), dtype=torch.uint8))
+    _write(buffer, HEADER_BYTES, arrays)
     return buffer[: header.num_bytes]
 
 
 def write_arrays(buffer: Tensor, *arrays: Tensor) -> None:
     """Write arrays to the front of `buffer`, one after another, in falling order of element size."""
-    offset = 0
+    if total_bytes(*arrays) - HEADER_BYTES > buffer.numel():
+        raise MessageError(f"{len(arrays)} arrays exceed the {buffer.numel()} bytes they are written to")
+    _write(buffer, 0, arrays)
+
+
+def _write(buffer: Tensor, offset: int, arrays: tuple[Tensor, ...]) -> None:
+    """Write arrays that are known to fit."""
     for array in arrays:
-        length = array.numel() * array.element_size()
-        if length:
+        length = array.nbytes
+        if buffer.is_cpu and array.is_cpu and array.is_contiguous():
+            # As copy_, but without the views it would need: most arrays of a decode step are short.
+            ctypes.memmove(buffer.data_ptr() + offset, array.data_ptr(), length)
+        elif length:
             buffer[offset : offset + length].view(array.dtype).copy_(array.reshape(-1))
         offset += length
 
@@ -106,7 +120,8 @@ def unpack_header(buffer: Tensor) -> Header:
     """Read and check what every message has in common. Raises MessageError."""
     if buffer.numel() < HEADER_BYTES:
         raise MessageError(f"a buffer of {buffer.numel()} bytes cannot hold a header of {HEADER_BYTES}")
-    magic, *words = buffer[:HEADER_BYTES].view(torch.int64).tolist()
+    head = buffer if buffer.is_cpu else buffer[:HEADER_BYTES].cpu()
+    magic, *words = _packed.unpack(ctypes.string_at(head.data_ptr(), HEADER_BYTES))
     header = Header(*words)
     if magic != MAGIC or header.kind not in (STEP, ROWS, REPLY, GOODBYE):
         raise MessageError(f"a message with magic {magic:#x} and kind {header.kind} is not of this protocol")
@@ -118,7 +133,7 @@ def unpack_header(buffer: Tensor) -> Header:
 
 def unpack(buffer: Tensor, header: Header, *layout: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor]:
     """Views of the arrays of a message; `layout` is what the reader expects. Raises MessageError."""
-    expected = HEADER_BYTES + sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in layout)
+    expected = HEADER_BYTES + sum([prod(shape) * dtype.itemsize for shape, dtype in layout])
     if expected != header.num_bytes:
         raise MessageError(f"a message of {header.num_bytes} bytes was expected to have {expected}: {header}")
     return view_arrays(buffer[HEADER_BYTES:], *layout)
@@ -129,7 +144,7 @@ def view_arrays(buffer: Tensor, *layout: tuple[tuple[int, ...], torch.dtype]) ->
     arrays: list[Tensor] = []
     offset = 0
     for shape, dtype in layout:
-        length = torch.Size(shape).numel() * dtype.itemsize
-        arrays.append(buffer[offset : offset + length].view(dtype).view(shape))
+        length = prod(shape) * dtype.itemsize
+        arrays.append(buffer.narrow(0, offset, length).view(dtype).view(shape))
         offset += length
     return arrays
