@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from common import int8_reference, native_int8, native_library
+from common import compute_threads, int8_reference, native_int8, native_library
 from common.int8_reference import (
     EXACT_COLUMNS,
     MAX_INT8,
@@ -176,9 +176,10 @@ def _onednn_product(rows: Tensor, part: Tensor, scale: Tensor) -> Tensor:
         return torch.empty(0, len(scale))
     unsigned = rows.contiguous().view(torch.uint8) ^ ZERO_POINT  # the same as adding it
     no_offsets = torch.zeros(len(scale), dtype=torch.int64)
-    output: Tensor = torch.ops.onednn.qlinear_pointwise(
-        unsigned, 1.0, ZERO_POINT, part, scale, no_offsets, None, 1.0, 0, torch.float32, "none", [], ""
-    )
+    with compute_threads.whole_team():
+        output: Tensor = torch.ops.onednn.qlinear_pointwise(
+            unsigned, 1.0, ZERO_POINT, part, scale, no_offsets, None, 1.0, 0, torch.float32, "none", [], ""
+        )
     return output
 
 
@@ -187,4 +188,5 @@ def _pack_plainly(weight: Tensor) -> Tensor:
 
 
 def _plain_product(rows: Tensor, part: Tensor, scale: Tensor) -> Tensor:
-    return int8_product(rows, part).float() * scale
+    with compute_threads.whole_team():
+        return int8_product(rows, part).float() * scale

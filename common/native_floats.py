@@ -1,7 +1,7 @@
 """Float kernels of common/native: sums over slots, norms, SwiGLU, rotation, gate, absorbed attention.
 
 A row gets the same bits in every company, at every number of threads and on every processor: each float
-operation is one IEEE operation in a fixed order. Threads: torch's number. Tensors are float32 or bfloat16.
+operation is one IEEE operation in a fixed order. Tensors are float32 or bfloat16.
 Shapes: M rows, T tokens, N queries, H heads, C kv_lora_rank, R qk_rope_head_dim, E experts, D hidden_size.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common import native_library
+from common import compute_threads, native_library
 from common.native.compiler import LIBRARY
 from common.native_library import PATHS, best_path, open_library
 
@@ -62,7 +62,7 @@ class NativeFloats:
         self._library.float_rms_norm(
             *(
                 self._path,
-                torch.get_num_threads(),
+                compute_threads.count(),
                 _is_bfloat16(x, weight),
                 x.data_ptr(),
                 *x.shape,
@@ -77,7 +77,7 @@ class NativeFloats:
         gate, up = _rows(gate), _rows(up)
         output = torch.empty(gate.shape, dtype=gate.dtype)
         self._library.float_swiglu(
-            *(self._path, torch.get_num_threads(), _is_bfloat16(gate, up), gate.data_ptr(), up.data_ptr()),
+            *(self._path, compute_threads.count(), _is_bfloat16(gate, up), gate.data_ptr(), up.data_ptr()),
             *(*gate.shape, gate.stride(0), up.stride(0), output.data_ptr()),
         )
         return output
@@ -88,7 +88,7 @@ class NativeFloats:
         cos, sin = cos.contiguous(), sin.contiguous()
         output = torch.empty(x.shape, dtype=x.dtype)
         self._library.float_rotate(
-            *(self._path, torch.get_num_threads(), _is_bfloat16(x), x.data_ptr(), *x.shape),
+            *(self._path, compute_threads.count(), _is_bfloat16(x), x.data_ptr(), *x.shape),
             *(x.stride(0), x.stride(1), cos.data_ptr(), sin.data_ptr(), output.data_ptr()),
         )
         return output
@@ -103,7 +103,7 @@ class NativeFloats:
         rows, position_of, topk_weights = (x.contiguous() for x in (rows, position_of, topk_weights))
         output = torch.empty(position_of.shape[0], rows.shape[1], dtype=dtype)
         self._library.float_sum_slots(
-            *(self._path, torch.get_num_threads(), _is_bfloat16(rows), rows.data_ptr(), *rows.shape),
+            *(self._path, compute_threads.count(), _is_bfloat16(rows), rows.data_ptr(), *rows.shape),
             *(position_of.data_ptr(), topk_weights.data_ptr(), *position_of.shape),
             *(dtype == torch.float64, output.data_ptr()),
         )
@@ -114,7 +114,7 @@ class NativeFloats:
         x, weight = x.contiguous(), weight.contiguous()
         output = torch.empty(x.shape[0], weight.shape[0])
         failure = self._library.float_gate_logits(
-            *(self._path, torch.get_num_threads(), _is_bfloat16(x), x.data_ptr(), *x.shape),
+            *(self._path, compute_threads.count(), _is_bfloat16(x), x.data_ptr(), *x.shape),
             *(weight.data_ptr(), weight.shape[0], output.data_ptr()),
         )
         _check(failure, x.shape[0])
@@ -126,7 +126,7 @@ class NativeFloats:
         weight = weight if 1 in weight.stride()[1:] else weight.contiguous()
         output = torch.empty(x.shape[0], x.shape[1], weight.shape[1], dtype=x.dtype)
         failure = self._library.float_per_head_linear(
-            *(self._path, torch.get_num_threads(), _is_bfloat16(x, weight), x.data_ptr(), *x.shape),
+            *(self._path, compute_threads.count(), _is_bfloat16(x, weight), x.data_ptr(), *x.shape),
             *(x.stride(0), x.stride(1), weight.data_ptr(), weight.shape[1], *weight.stride()),
             output.data_ptr(),
         )
@@ -147,7 +147,7 @@ class NativeFloats:
         block_tables, context_lens = block_tables.contiguous(), context_lens.contiguous()
         output = torch.empty(q_latent.shape, dtype=q_latent.dtype)
         failure = self._library.float_latent_attention(
-            *(self._path, torch.get_num_threads(), _is_bfloat16(q_latent, q_pe, cache)),
+            *(self._path, compute_threads.count(), _is_bfloat16(q_latent, q_pe, cache)),
             *(q_latent.data_ptr(), q_pe.data_ptr(), *q_latent.shape, q_pe.shape[2]),
             *(cache.data_ptr(), cache.shape[1], block_tables.data_ptr(), block_tables.shape[1]),
             *(context_lens.data_ptr(), scale, output.data_ptr()),
@@ -163,7 +163,7 @@ class NativeFloats:
         output = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype)
         strides = [x.stride(dim) for x in (q, k, v) for dim in (0, 1)]
         failure = self._library.float_prompt_attention(
-            *(self._path, torch.get_num_threads(), _is_bfloat16(q, k, v)),
+            *(self._path, compute_threads.count(), _is_bfloat16(q, k, v)),
             *(q.data_ptr(), k.data_ptr(), v.data_ptr(), *q.shape, v.shape[2], start),
             *((_SIZE * len(strides))(*strides), scale, output.data_ptr()),
         )

@@ -1,7 +1,7 @@
 """int8 rows times int8 weights (W8A8) by the native kernel of common/native, where it was built.
 
 A row gets the same bits in every company, at every number of threads and on every processor: sums are exact
-integers, and each float operation is one IEEE operation in a fixed order. Threads: torch's number.
+integers, and each float operation is one IEEE operation in a fixed order.
 Shapes: M rows, K in-features, N out-features, R rows, D hidden_size, F moe_intermediate_size.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from common import compute_threads
 from common.huge_pages import HugePageArena
 from common.int8_reference import PackedInt8
 from common.native.compiler import LIBRARY
@@ -59,7 +60,7 @@ class NativeInt8:
         wide = x.float().contiguous()
         rows, scales = torch.empty(wide.shape, dtype=torch.int8), torch.empty(wide.shape[0])
         self._library.int8_quantise(
-            *(self._path, torch.get_num_threads(), wide.data_ptr(), *wide.shape),
+            *(self._path, compute_threads.count(), wide.data_ptr(), *wide.shape),
             *(rows.data_ptr(), scales.data_ptr()),
         )
         return rows, scales
@@ -97,7 +98,7 @@ class NativeInt8:
         rows, row_scales = _checked_rows(rows, row_scales, packed)
         output = torch.empty(rows.shape[0], packed.view.n)
         failure = self._library.int8_linear(
-            *(self._path, torch.get_num_threads(), rows.data_ptr(), row_scales.data_ptr(), rows.shape[0]),
+            *(self._path, compute_threads.count(), rows.data_ptr(), row_scales.data_ptr(), rows.shape[0]),
             *(ctypes.byref(packed.view), output.data_ptr()),
         )
         if failure:
@@ -113,7 +114,7 @@ class NativeInt8:
         x = _checked_floats(x, packed)
         output = x.new_empty(x.shape[0], packed.view.n)
         failure = self._library.int8_quantising_linear(
-            *(self._path, torch.get_num_threads(), x.dtype == torch.bfloat16, x.data_ptr(), x.shape[0]),
+            *(self._path, compute_threads.count(), x.dtype == torch.bfloat16, x.data_ptr(), x.shape[0]),
             *(ctypes.byref(packed.view), output.data_ptr()),
         )
         if failure:
@@ -132,7 +133,7 @@ class NativeInt8:
         x = _checked_floats(x, gate_up)
         output = torch.empty_like(x)
         failure = self._library.int8_mlp(
-            *(self._path, torch.get_num_threads(), x.dtype == torch.bfloat16, x.data_ptr(), x.shape[0]),
+            *(self._path, compute_threads.count(), x.dtype == torch.bfloat16, x.data_ptr(), x.shape[0]),
             *((_Weight * 2)(gate_up.view, down.view), output.data_ptr()),
         )
         if failure:
@@ -178,7 +179,7 @@ class NativeInt8:
             *(packed.view for expert in active for packed in (gate_up[expert], down[expert]))
         )
         failure = self._library.int8_experts(
-            *(self._path, torch.get_num_threads(), rows.data_ptr(), row_scales.data_ptr(), len(active)),
+            *(self._path, compute_threads.count(), rows.data_ptr(), row_scales.data_ptr(), len(active)),
             *(
                 (ctypes.c_int64 * len(active))(*(counts[expert] for expert in active)),
                 weights,

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common import compute_threads
+
 # Measured with torch 2.13 (MKL for float32, oneDNN for bfloat16) on x86-64 with AVX512-BF16, M 1..1999:
 #   float32   M below 16 takes other kernels (1, 2-3, some more). From 16 rows on, a row is independent of
 #             M, of its position and of the alignment of x, if N is a multiple of 16. Otherwise threads cut
@@ -59,9 +61,10 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:  # [M, K], [N, K] with N % 16
     if num_rows < min_rows:
         padded = x.new_zeros(min_rows, x.shape[1])
         padded[:num_rows] = x
-        return F.linear(padded, weight)[:num_rows]
+        return _product(padded, weight)[:num_rows]
     if num_rows <= MAX_ROWS:
-        return F.linear(x, weight)
+        with compute_threads.whole_team():
+            return F.linear(x, weight)
     return torch.cat([_product(rows, weight) for rows in x.split(MAX_ROWS)])
 
 
@@ -78,11 +81,12 @@ def per_head_linear(x: Tensor, weight: Tensor) -> Tensor:  # [T, H, I], [H, O, I
     for first in range(0, num_tokens, HEAD_ROWS):
         count = min(HEAD_ROWS, num_tokens - first)
         rows[:, :count] = x[first : first + count].transpose(0, 1)
-        if weight.stride(2) == 1:
-            # bmm copies a transposed second matrix in bfloat16, which takes 5 times as long as the product.
-            product = torch.bmm(weight, rows.transpose(1, 2)).transpose(1, 2)  # [H, 16, O]
-        else:
-            product = torch.bmm(rows, weight.transpose(1, 2))  # [H, 16, O]
+        with compute_threads.whole_team():
+            if weight.stride(2) == 1:
+                # bmm copies a transposed second matrix in bfloat16, which takes 5 times the product's time.
+                product = torch.bmm(weight, rows.transpose(1, 2)).transpose(1, 2)  # [H, 16, O]
+            else:
+                product = torch.bmm(rows, weight.transpose(1, 2))  # [H, 16, O]
         output[first : first + count] = product[:, :count, :num_out].transpose(0, 1)
     return output
 

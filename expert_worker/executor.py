@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from common import compute_threads
 from common.channel import ChildChannel, Fatal, Shutdown
 from common.device import find_device, free_memory, open_device
 from common.errors import ConfigError, ControlError
@@ -102,8 +103,7 @@ class Executor:
                 return 0
             if not isinstance(first, Configure):
                 raise ControlError(f"the first message is {type(first).__name__}, but it must be Configure")
-            if first.threads is not None:
-                torch.set_num_threads(first.threads)
+            compute_threads.settle(first.threads, first.device)
             torch.set_float32_matmul_precision("highest")
             device, kernels = open_device(first.device), load_kernels(first.device)
             joining = self._open(first, kernels)
@@ -149,6 +149,7 @@ class Executor:
 
     def _outputs(self, received: Received) -> Tensor:  # rows [R, D] -> [R, D]
         self._progress.tick()
+        compute_threads.fit_torch(len(received.rows))
         layers = self._tables.layers(received.term, received.epoch)
         experts = layers[received.layer_id]
         return experts.forward(

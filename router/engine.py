@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from common import compute_threads
 from common.errors import ControlError, RequestError, WorkerLost
 from common.exchange import Extra, RouterExchange, RowOrigins, StepHeader
 from common.row_limits import RowLimits
@@ -242,6 +243,7 @@ class Engine:
         origins = [RowOrigins(batch.request_keys, batch.positions) for batch in batches]
         exchange = CountedExchange(membership.exchange, self._loads)
         exchange.begin(header, origins)
+        compute_threads.fit_torch(header.num_tokens)
         return self._model(batches, self._cache, exchange)
 
     def _header(self, membership: Membership, parts: tuple[Plan, ...]) -> StepHeader:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from common import process_group
+from common import compute_threads, process_group
 from common.device import find_device, free_memory, open_device
 from common.errors import ConfigError
 from common.exchange.loopback import LoopbackExchange
@@ -89,8 +89,7 @@ def load(
         ConfigError: the configuration cannot work on this machine or with this checkpoint.
         CheckpointError: the checkpoint is incomplete, damaged or not of this model.
     """
-    if configure.threads is not None:
-        torch.set_num_threads(configure.threads)
+    compute_threads.settle(configure.threads, configure.device)
     torch.set_float32_matmul_precision("highest")
     config = ModelConfig.from_directory(Path(configure.model_path))
     dtype = resolve_dtype(config, configure.dtype)

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from common import compute_threads
 from router.sequence import Sampling, Sequence
 
 FIRST_LOOK = 128
@@ -46,8 +47,10 @@ def sample(logits: Tensor, sequences: Row[Sequence]) -> list[Draw | None]:
     if not sequences:
         return []
     on_cpu = logits.detach().to("cpu", torch.float32)
-    is_finite = torch.isfinite(on_cpu.amax(dim=-1)).tolist()
-    likeliest_ids = on_cpu.argmax(dim=-1).tolist()  # the first of equals
+    with compute_threads.whole_team():
+        likeliest_at = on_cpu.argmax(dim=-1, keepdim=True)  # the first of equals, or a NaN where there is one
+    is_finite = on_cpu.gather(-1, likeliest_at).isfinite().squeeze(-1).tolist()
+    likeliest_ids = likeliest_at.squeeze(-1).tolist()
     rows = on_cpu.numpy()
     return [
         _draw(rows[i], sequence, likeliest_ids[i]) if is_finite[i] else None
