@@ -14,9 +14,10 @@ namespace int8 {
 void add_jobs(std::vector<Job>& jobs, const Input& in, const Output& out, int64_t count, const Weight& first,
               const Weight& second) {
   const Weight& last = second.blocks ? second : first;
-  for (int64_t row = 0; row < count; row += kSegment)
+  const int64_t segment = segment_of({in, out, count, {first, second}, 0});
+  for (int64_t row = 0; row < count; row += segment)
     jobs.push_back(
-        {in.from(row, first.k), out.from(row, last.n), std::min(kSegment, count - row), {first, second}, 0});
+        {in.from(row, first.k), out.from(row, last.n), std::min(segment, count - row), {first, second}, 0});
 }
 
 int run(int path, std::vector<Job>&& jobs, int num_stages, int threads) {

@@ -13,7 +13,11 @@
 
 namespace int8 {
 
-constexpr int64_t kSegment = 256;  // most rows between two reads of the same weights; bounds the workspace
+constexpr int64_t kSegment = 256;  // most rows between two reads of the same weights
+// What jobs have between their stages, in bytes: wide weights get fewer rows at a time and fewer jobs at once,
+// but no less than kLeastSegment rows of one job, which take long enough to hide the reading of weights.
+constexpr int64_t kWorkspace = 8 << 20;
+constexpr int64_t kLeastSegment = 64;
 // What a task reads of a weight, times the rows that meet it over 8: from a few microseconds to some hundred.
 constexpr int64_t kLeastTask = 1 << 14, kMostTask = 1 << 19;
 constexpr int kSpins = 1000;  // about 20 microseconds
@@ -44,7 +48,8 @@ struct Output {
   }
 };
 
-// Rows of one expert, at most kSegment of them. A job goes through stages, in a slot of the workspace.
+// Rows that meet the same weights, at most segment_of of them. A job goes through stages, in a slot of the
+// workspace.
 struct Job {
   Input in;
   Output out;
@@ -52,6 +57,21 @@ struct Job {
   Weight weights[2];
   int slot;
 };
+
+// What a slot of the workspace has for each row, in bytes.
+int64_t row_bytes(const Job& job) {
+  const int64_t k = job.weights[0].k, size = job.weights[1].blocks ? job.weights[1].k : 0;
+  const int64_t codes = job.in.type == kInt8 ? 0 : k;
+  const int64_t gate_up = ceil_div(2 * size, kOut) * kOut;
+  const int64_t sums_and_scales = 16;
+  return groups_of(k) * 4 + codes + gate_up * 4 + groups_of(size) * 4 + size + sums_and_scales;
+}
+
+// Most rows of a job like this one.
+int64_t segment_of(const Job& job) {
+  const int64_t rows = kWorkspace / row_bytes(job) / kTile * kTile;
+  return std::min(std::max(rows, kLeastSegment), kSegment);
+}
 
 int64_t num_tiles(const Job& job) { return ceil_div(job.num_rows, kTile); }
 // Tiles differ by one row at most: 17 rows are 8 + 9, not 16 + 1.
@@ -127,7 +147,11 @@ class Run {
     int64_t most_rows = 0;
     for (const Job& job : jobs_) most_rows = std::max(most_rows, job.num_rows);
     // One more than there are stages: a slot's last job has left it one round before the next one enters.
-    slots_.resize(std::min(num_jobs, num_stages + 1));
+    const int most = std::min(num_jobs, num_stages + 1);
+    const int64_t fitting = std::max<int64_t>(kWorkspace / (most_rows * row_bytes(jobs_[0])), 1);
+    slots_.resize(std::min<int64_t>(fitting, most));
+    // With fewer, so many jobs have begun all their stages before the next ones enter.
+    const int at_once = fitting < most ? static_cast<int>(fitting) : num_jobs;
     for (Slot& slot : slots_) reserve(slot, most_rows);
     for (int job = 0; job < num_jobs; job++) jobs_[job].slot = job % static_cast<int>(slots_.size());
     steps_ = std::vector<Step>(num_jobs * num_stages);
@@ -135,19 +159,22 @@ class Run {
     std::vector<const Step*> last(num_jobs);
     Step* step = steps_.data();
     int64_t first = 0;
-    for (int round = 0; round < num_jobs + num_stages - 1; round++)
-      for (int stage = 0; stage < num_stages; stage++) {
-        const int job = round - stage;
-        if (job < 0 || job >= num_jobs) continue;
-        const int earlier = job - static_cast<int>(slots_.size());
-        step->job = &jobs_[job];
-        step->stage = stage;
-        step->first = first;
-        step->count = num_tasks(jobs_[job], stage);
-        step->needs = stage ? last[job] : earlier >= 0 ? last[earlier] : nullptr;
-        first += step->count;
-        last[job] = step++;
-      }
+    for (int begin = 0; begin < num_jobs; begin += at_once) {
+      const int end = std::min(begin + at_once, num_jobs);
+      for (int round = 0; round < at_once + num_stages - 1; round++)
+        for (int stage = 0; stage < num_stages; stage++) {
+          const int job = begin + round - stage;
+          if (job < begin || job >= end) continue;
+          const int earlier = job - static_cast<int>(slots_.size());
+          step->job = &jobs_[job];
+          step->stage = stage;
+          step->first = first;
+          step->count = num_tasks(jobs_[job], stage);
+          step->needs = stage ? last[job] : earlier >= 0 ? last[earlier] : nullptr;
+          first += step->count;
+          last[job] = step++;
+        }
+    }
   }
 
   void run() {
