@@ -160,7 +160,7 @@ class RouterExchange(Protocol):
         """
 
     def combine(self, dispatched: Dispatched) -> Tensor:
-        """Wait for the experts and return their weighted sum, [T, D] float32.
+        """Wait for the experts and return their weighted sum, [T, D] float32, which is then the caller's.
 
         Each product of weight and row is rounded in float32, the products of a token are added in slot order
         in float64, and the sum is rounded once: the same bits for any number of workers and at both levels.

@@ -62,6 +62,9 @@ class RouterKernels(Protocol):
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         """Return silu(gate) * up, rounded once: 2 x [T, F] -> [T, F]."""
 
+    def mlp_rows(self, num_rows: int, intermediate_size: int) -> int:
+        """Return how many of so many rows go through an MLP of linear layers at a time; at least 1."""
+
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Turn neighbouring pairs by their angle: [T, H, R], 2 x [T, R/2] float32 -> [T, H, R]."""
 

@@ -31,6 +31,7 @@ __all__ = [
     "int8_linear",
     "int8_mlp",
     "linear",
+    "mlp_rows",
     "pack_int8",
     "per_head_linear",
     "prefill_attention",
@@ -42,6 +43,11 @@ __all__ = [
     "store_latents",
     "swiglu",
 ]
+
+MLP_ELEMENTS = 3 << 20
+"""Most elements of gate, of up and of their product: 6 MiB each in bfloat16."""
+LEAST_MLP_ROWS = 64
+"""Rows an MLP is given in any case: fewer take longer for each."""
 
 
 def gate_logits(x: Tensor, weight: Tensor) -> Tensor:  # [T, D], [E, D] float32 -> [T, E] float32
@@ -66,6 +72,12 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:  # 2 x [T, F] -> [T, F]
     """Return silu(gate) * up, computed in float32 and rounded once."""
     native = installed()
     return rows.swiglu(gate, up) if native is None else native.swiglu(gate, up)
+
+
+def mlp_rows(num_rows: int, intermediate_size: int) -> int:
+    """Bound what lies between an MLP's weights: the activations of fewer rows, where they are wide."""
+    fitting = MLP_ELEMENTS // intermediate_size // LEAST_MLP_ROWS * LEAST_MLP_ROWS
+    return max(min(num_rows, fitting), LEAST_MLP_ROWS)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # [T, H, R], 2 x [T, R/2] -> [T, H, R]

@@ -18,7 +18,7 @@ from common.int8_reference import PackedInt8
 from common.model_config import ModelConfig
 from router.kernels import reference
 from router.kernels.gate import choose_experts as choose_plainly
-from router.kernels.reference import gate_logits, linear, pack_int8, per_head_linear
+from router.kernels.reference import gate_logits, linear, mlp_rows, pack_int8, per_head_linear
 
 __all__ = [
     "choose_experts",
@@ -28,6 +28,7 @@ __all__ = [
     "int8_linear",
     "int8_mlp",
     "linear",
+    "mlp_rows",
     "pack_int8",
     "per_head_linear",
     "prefill_attention",

@@ -28,6 +28,7 @@ __all__ = [
     "int8_linear",
     "int8_mlp",
     "linear",
+    "mlp_rows",
     "pack_int8",
     "per_head_linear",
     "prefill_attention",
@@ -66,6 +67,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # [T, D], [D] ->
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:  # 2 x [T, F] -> [T, F]
     """Return silu(gate) * up, computed in float32 and rounded once."""
     return (F.silu(gate.float()) * up.float()).to(gate.dtype)
+
+
+def mlp_rows(num_rows: int, intermediate_size: int) -> int:
+    """Take all of them."""
+    return max(num_rows, 1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # [T, H, R], 2 x [T, R/2] -> [T, H, R]

@@ -70,14 +70,20 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         self.kernels = kernels
+        self.intermediate_size = intermediate_size
         self.gate_proj = Linear(hidden_size, intermediate_size, kernels, dtype)
         self.up_proj = Linear(hidden_size, intermediate_size, kernels, dtype)
         self.down_proj = Linear(intermediate_size, hidden_size, kernels, dtype)
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # [T, D] -> [T, D]
-        """Transform every token for itself."""
-        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
-        return self.down_proj(self.kernels.swiglu(gate, up))
+        """Transform every token for itself, as many at a time as the device takes."""
+        at_once = self.kernels.mlp_rows(len(hidden_states), self.intermediate_size)
+        transformed = [self._transform(rows) for rows in hidden_states.split(at_once)]
+        return transformed[0] if len(transformed) == 1 else torch.cat(transformed)
+
+    def _transform(self, rows: Tensor) -> Tensor:
+        hidden = self.kernels.swiglu(self.gate_proj(rows), self.up_proj(rows))
+        return self.down_proj(hidden)
 
 
 class NoExperts(nn.Module):
@@ -112,8 +118,10 @@ class MoE(nn.Module):
         shared = self.shared_experts(hidden_states)  # computed while the rows are away
         yield  # so is what another micro-batch has to compute
         routed = exchange.combine(dispatched)  # float32: rows come home, weighted and summed
+        del dispatched  # it holds the rows that came: six for every one that goes on from here
         # One rounding to the model's dtype, after the sum: the same bits however many workers took part.
-        return (shared.float() + routed).to(hidden_states.dtype)
+        routed += shared.float()
+        return routed.to(shared.dtype)
 
 
 # -------------------------------------------------------------------------------------------------- attention
@@ -278,13 +286,16 @@ class DecoderLayer(nn.Module):
         cache: LatentCache,
         exchange: RouterExchange,
     ) -> Computation:  # [T, D] -> [T, D]
-        """Compute one layer for all rows of a micro-batch."""
-        attended = self.self_attn(self.input_layernorm(hidden_states), cos, sin, batch, cache)
-        hidden_states = hidden_states + attended
-        normed = self.post_attention_layernorm(hidden_states)
+        """Compute one layer for all rows of a micro-batch, in place: hidden_states are the residual."""
+        # What one part makes is given to the next without a name, which would keep it alive.
+        hidden_states += self.self_attn(self.input_layernorm(hidden_states), cos, sin, batch, cache)
         if self.has_experts:
-            return hidden_states + (yield from self.mlp(normed, batch.micro_batch, exchange))
-        return hidden_states + self.mlp(normed)
+            hidden_states += yield from self.mlp(
+                self.post_attention_layernorm(hidden_states), batch.micro_batch, exchange
+            )
+        else:
+            hidden_states += self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states
 
 
 class Embedding(nn.Module):
