@@ -23,7 +23,7 @@ from expert_worker.kernels import ExpertKernels, PackedExperts, PackedInt8Expert
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-RELEASE_BYTES = 1 << 27
+RELEASE_BYTES = 1 << 26
 """Weights that are loaded between two returns of freed memory, which the next read would have used again."""
 
 Expert = tuple[int, int]

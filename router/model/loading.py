@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -56,14 +57,16 @@ def load_model(
         _give_biases_to_norms(model, weights)
     parts = list(_parts(model, weights, torch.device(find_device(device).torch_type)))
     _check_names(weights.checkpoint, config, [name for part in parts for name in part.names])
-    num_bytes = [sum(map(weights.checkpoint.num_bytes, part.names)) for part in parts]
+    sizes = [sum(map(weights.checkpoint.num_bytes, part.names)) for part in parts]
     loaded = 0
-    on_progress(loaded, sum(num_bytes))
-    for part, size in zip(parts, num_bytes, strict=True):
+    on_progress(loaded, sum(sizes))
+    # A part is in memory twice while it is packed, as stored and as packed: the largest first, while there is
+    # room that smaller ones will fill.
+    for size, part in sorted(zip(sizes, parts, strict=True), key=itemgetter(0), reverse=True):
         part.read()
         release_freed_memory()
         loaded += size
-        on_progress(loaded, sum(num_bytes))
+        on_progress(loaded, sum(sizes))
     return model.eval()
 
 
