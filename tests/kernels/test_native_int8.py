@@ -239,6 +239,21 @@ def test_experts_equal_their_steps_at_real_sizes(kernel: NativeInt8) -> None:
     assert torch.equal(output, layer.compose(rows, row_scales, [1, 31, 8]))
 
 
+# F so wide that the workspace holds one job (of 64 and of 256 rows) at a time, and so that it holds three.
+@pytest.mark.parametrize(
+    ("size", "counts"), [(12000, [1, 130, 0, 65]), (3000, [257, 300]), (1100, [256] * 7)]
+)
+def test_experts_that_take_turns_in_the_workspace_equal_their_steps(
+    kernel: NativeInt8, size: int, counts: list[int]
+) -> None:
+    layer = Layer(kernel, len(counts), 16, size, 0.01)
+    rows, row_scales = some_int8_rows(1, sum(counts), 16)
+    expected = layer.compose(rows, row_scales, counts)
+    for threads in THREAD_COUNTS:
+        with num_threads(threads):
+            assert torch.equal(layer.forward(rows, row_scales, counts), expected), threads
+
+
 def test_experts_give_a_row_the_same_bits_in_every_company(kernel: NativeInt8) -> None:
     layer = Layer(kernel, 3, 48, 40, 0.01)
     rows, row_scales = some_int8_rows(1, 600, 48)
