@@ -9,7 +9,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("floats.cpp", "int8.cpp", "routing.cpp"))
+SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("bf16.cpp", "floats.cpp", "int8.cpp", "routing.cpp")
+)
 LIBRARY = Path(__file__).with_name("kernels.so")
 COMPILERS = ("g++", "clang++")
 # No multiply-add that the source does not ask for, and no other freedom with floats: every path must give the
