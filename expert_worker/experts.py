@@ -21,14 +21,11 @@ class LayerExperts:
     ) -> None:
         self.expert_ids = tuple(expert_ids)
         self.is_fused = kernels.is_fused(packed)
-        self._compute: dict[bool, Callable[..., Tensor]]
+        self._compute: Callable[..., Tensor]
         if isinstance(packed, PackedInt8Experts):
-            self._compute = {
-                is_grouped: partial(kernels.int8_experts, packed=packed, is_grouped=is_grouped)
-                for is_grouped in (False, True)
-            }
+            self._compute = partial(kernels.int8_experts, packed=packed)
         else:
-            self._compute = dict.fromkeys((False, True), partial(kernels.experts, packed=packed))
+            self._compute = partial(kernels.experts, packed=packed)
 
     @property
     def num_local_experts(self) -> int:
@@ -47,4 +44,6 @@ class LayerExperts:
 
         `is_grouped` allows one fused call for all of them, where the device has one: the bits are the same.
         """
-        return self._compute[is_grouped](rows, row_scales, tokens_per_expert, on_progress=on_progress)
+        return self._compute(
+            rows, row_scales, tokens_per_expert, on_progress=on_progress, is_grouped=is_grouped
+        )

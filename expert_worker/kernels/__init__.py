@@ -83,6 +83,7 @@ class ExpertKernels(Protocol):
         tokens_per_expert: Tensor,
         packed: PackedExperts,
         on_progress: Callable[[], None] | None = None,
+        is_grouped: bool = True,
     ) -> Tensor:
         """Run every row through its expert.
 
@@ -92,6 +93,8 @@ class ExpertKernels(Protocol):
             tokens_per_expert: [E_local] int64 on the CPU; sums to R, may hold zeros.
             packed: what `pack` returned.
             on_progress: called after each expert that had rows.
+            is_grouped: whether one fused call may run all experts, where the device has one: the bits are the
+                same.
 
         Returns:
             [R, D] in the dtype of rows, or of the weights if rows are quantised.
@@ -123,9 +126,6 @@ class ExpertKernels(Protocol):
         Rows that are not quantised yet are quantised one by one, and so are the rows between the two
         products; SwiGLU is computed in float32 in between. The sums are exact, so that all devices agree
         but for the last bits of SwiGLU.
-
-        Args:
-            is_grouped: whether one fused call may run all experts, where the device has one.
 
         Returns:
             [R, D] in the dtype of `packed`, rounded once from float32.

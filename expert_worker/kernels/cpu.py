@@ -1,4 +1,4 @@
-"""The expert worker's operations on a CPU: row-invariant, one expert after the other.
+"""The expert worker's operations on a CPU: row-invariant, all experts in one call by the native kernels.
 
 Shapes: R rows, E_local local experts, D hidden_size, F moe_intermediate_size.
 """
@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from common import int8_rows
+from common import int8_rows, native_bf16
+from common.native_bf16 import NativeBf16
 from common.quantization.w8a8 import Int8Weight
 from common.rows import linear, swiglu
 from expert_worker.kernels import PackedExperts, PackedInt8Experts
@@ -34,22 +35,40 @@ def experts(
     tokens_per_expert: Tensor,
     packed: PackedExperts,
     on_progress: Callable[[], None] | None = None,
+    is_grouped: bool = True,
 ) -> Tensor:  # [R, D] -> [R, D]
     """Run every row through its expert; only experts that have rows cost anything."""
     if row_scales is not None:
         rows = (rows.float() * row_scales.unsqueeze(1)).to(packed.down[0].dtype)
+    native = _native(rows)
+    if is_grouped and native is not None:
+        output = native.experts(rows, tokens_per_expert, packed.gate_up, packed.down)
+        _report(tokens_per_expert, on_progress)
+        return output
     output = torch.empty_like(rows)
     first = 0
     for expert, num_rows in enumerate(tokens_per_expert.tolist()):
         if num_rows == 0:
             continue
         own = slice(first, first + num_rows)
-        gate, up = linear(rows[own], packed.gate_up[expert]).chunk(2, dim=-1)
-        output[own] = linear(swiglu(gate, up), packed.down[expert])
+        output[own] = _one_expert(rows[own], packed.gate_up[expert], packed.down[expert])
         first = own.stop
         if on_progress is not None:
             on_progress()
     return output
+
+
+def _one_expert(rows: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:  # [R, D] -> [R, D]
+    native = _native(rows)
+    if native is not None:
+        return native.experts(rows, torch.tensor([len(rows)]), [gate_up], [down])
+    gate, up = linear(rows, gate_up).chunk(2, dim=-1)
+    return linear(swiglu(gate, up), down)
+
+
+def _native(x: Tensor) -> NativeBf16 | None:
+    """Return the native kernel for tensors like this one, where there is one."""
+    return native_bf16.installed() if x.dtype == torch.bfloat16 else None
 
 
 def pack_int8(
@@ -83,9 +102,7 @@ def int8_experts(
         output = int8_rows.int8_experts(
             rows, row_scales, tokens_per_expert, packed.gate_up, packed.down, packed.dtype
         )
-        if on_progress is not None:
-            for _ in range(int(tokens_per_expert.count_nonzero())):
-                on_progress()
+        _report(tokens_per_expert, on_progress)
         return output
     output = torch.empty(rows.shape, dtype=packed.dtype, device=rows.device)
     first = 0
@@ -102,6 +119,14 @@ def int8_experts(
     return output
 
 
+def _report(tokens_per_expert: Tensor, on_progress: Callable[[], None] | None) -> None:
+    if on_progress is not None:
+        for _ in range(int(tokens_per_expert.count_nonzero())):
+            on_progress()
+
+
 def is_fused(packed: PackedExperts | PackedInt8Experts) -> bool:
-    """Whether one call runs all experts: in int8, by the native kernel."""
-    return isinstance(packed, PackedInt8Experts) and int8_rows.has_fused_experts()
+    """Whether one call runs all experts: in int8 and in bfloat16, by the native kernels."""
+    if isinstance(packed, PackedInt8Experts):
+        return int8_rows.has_fused_experts()
+    return any(_native(down) is not None for down in packed.down)

@@ -125,10 +125,11 @@ def experts(
     tokens_per_expert: Tensor,
     packed: PackedExperts,
     on_progress: Callable[[], None] | None = None,
+    is_grouped: bool = True,
 ) -> Tensor:  # [R, D] -> [R, D]
-    """Run all rows through their experts in two grouped products."""
+    """Run all rows through their experts in two grouped products, the only ones that round as they do."""
     if not isinstance(packed, StackedExperts):
-        return reference.experts(rows, row_scales, tokens_per_expert, packed, on_progress)
+        return reference.experts(rows, row_scales, tokens_per_expert, packed, on_progress, is_grouped)
     if row_scales is not None:
         rows = (rows.float() * row_scales.unsqueeze(1)).to(packed.down_stack.dtype)
     if not len(rows):

@@ -54,6 +54,7 @@ def experts(
     tokens_per_expert: Tensor,
     packed: PackedExperts,
     on_progress: Callable[[], None] | None = None,
+    is_grouped: bool = True,
 ) -> Tensor:  # [R, D] -> [R, D]
     """Run every row through its expert, one expert after the other."""
     if row_scales is not None:

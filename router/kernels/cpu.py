@@ -6,9 +6,10 @@ D hidden_size.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from common import rows
+from common import native_bf16, rows
 from common.int8_rows import (
     int8_linear,
     int8_mlp,
@@ -18,7 +19,6 @@ from common.int8_rows import (
     quantizing_linear,
 )
 from common.native_floats import installed
-from common.rows import linear
 from router.kernels import reference, tiled_attention
 from router.kernels.gate import choose_experts
 from router.kernels.reference import gather_latents
@@ -50,10 +50,19 @@ LEAST_MLP_ROWS = 64
 """Rows an MLP is given in any case: fewer take longer for each."""
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [T, in], [out, in] -> [T, out]
+    """Multiply every row by the weight; the bias [out] is added after the product was rounded."""
+    native = native_bf16.installed() if x.dtype == torch.bfloat16 else None
+    if native is None:
+        return rows.linear(x, weight, bias)
+    output = native.linear(x, weight)
+    return output if bias is None else output + bias
+
+
 def gate_logits(x: Tensor, weight: Tensor) -> Tensor:  # [T, D], [E, D] float32 -> [T, E] float32
     """Multiply every row by the gate's weight, in float32."""
     native = installed()
-    return linear(x.float(), weight) if native is None else native.gate_logits(x, weight)
+    return rows.linear(x.float(), weight) if native is None else native.gate_logits(x, weight)
 
 
 def per_head_linear(x: Tensor, weight: Tensor) -> Tensor:  # [T, H, in], [H, out, in] -> [T, H, out]
