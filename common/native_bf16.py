@@ -1,7 +1,7 @@
 """bfloat16 rows times bfloat16 weights by the native kernel, where the processor has AVX-512 BF16.
 
 A row gets the same bits in every company and at every number of threads, since all numbers of rows add in one
-order; another processor may round otherwise. Weights are read where they are. Threads: torch's number.
+order; another processor may round otherwise. Weights are read where they are.
 Shapes: M rows, K in-features, N out-features, R rows, D hidden_size, F moe_intermediate_size.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common import native_library
+from common import compute_threads, native_library
 from common.native.compiler import LIBRARY
 from common.native_library import open_library
 
@@ -45,7 +45,7 @@ class NativeBf16:
         x = x.contiguous()
         output = x.new_empty(x.shape[0], weight.shape[0])
         failure = self._library.bf16_linear(
-            *(torch.get_num_threads(), x.data_ptr(), x.shape[0], ctypes.byref(_view(weight))),
+            *(compute_threads.count(), x.data_ptr(), x.shape[0], ctypes.byref(_view(weight))),
             output.data_ptr(),
         )
         if failure:
@@ -81,7 +81,7 @@ class NativeBf16:
         for expert in active:
             _check_expert(rows, gate_up[expert], down[expert], gate_up[active[0]])
         failure = self._library.bf16_experts(
-            *(torch.get_num_threads(), rows.data_ptr(), len(active)),
+            *(compute_threads.count(), rows.data_ptr(), len(active)),
             (ctypes.c_int64 * len(active))(*(counts[expert] for expert in active)),
             (_Weight * (2 * len(active)))(
                 *(_view(weight) for expert in active for weight in (gate_up[expert], down[expert]))
