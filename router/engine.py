@@ -1,6 +1,7 @@
 """The engine: one step after another, for all running sequences. The only thread that touches tensors.
 
-A step is a transaction: until it settles, nothing of it is visible to a client.
+A step is a transaction: until it settles, nothing of it is visible to a client. One in which an expert worker
+was lost is computed again, as it was planned, with the workers of the next epoch.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ class Engine:
         self._last_loss = (-1, "no such epoch is held")
         self._epoch = 0
         self._step_id = 0
+        self._replayed_steps = 0
         self._stats_at = 0.0
         self._is_reported = False
 
@@ -108,7 +110,8 @@ class Engine:
         self._epoch = membership.epoch
         if self._deadline_floor_s is not None:
             membership.set_deadline_floor(self._deadline_floor_s)
-        self._is_reported = False
+        # The front waits to hear that the first step has settled.
+        self._is_reported, self._stats_at = False, 0.0
         if previous is not None:
             previous.exchange.close()
 
@@ -118,12 +121,8 @@ class Engine:
         self._held = membership
 
     def submit(self, message: Submit) -> None:
-        """Queue a request; one that cannot run is answered at once."""
+        """Queue a request; one that can never run is answered at once."""
         self._is_reported = False
-        if self._membership is None:
-            text = "no expert workers are connected: try again when the fleet is ready"
-            self._send(Lost(self._epoch, -1, text, [message.request_id]))
-            return
         try:
             self._scheduler.submit(self._sequence(message))
         except RequestError as error:
@@ -188,10 +187,11 @@ class Engine:
             self._membership = None
 
     def step(self) -> None:
-        """Compute one token of every sequence that decodes, and parts of prompts."""
+        """Compute one token of every sequence that decodes, and parts of prompts; or what failed, again."""
         membership = self._membership
         if membership is None or not self._scheduler.has_work:
             return
+        is_replay = self._scheduler.is_unsettled
         plan = self._scheduler.schedule()
         try:
             logits = self._compute(plan, membership)
@@ -199,6 +199,8 @@ class Engine:
             logger.warning("step %d of epoch %d failed: %s", self._step_id, membership.epoch, lost)
             self._lose(lost.ep_rank, str(lost))
             return
+        self._loads.settle()
+        self._replayed_steps += is_replay
         draws = sample(logits, plan.sampled)
         # A row without an answer still takes its place; the sequence ends before anybody sees the token.
         settled = self._scheduler.settle(plan, [0 if draw is None else draw.token_id for draw in draws])
@@ -230,6 +232,7 @@ class Engine:
                 extra_rounds=extra.rounds,
                 extra_passes=extra.passes,
                 workers=membership.step_times() if membership is not None else [],
+                replayed_steps=self._replayed_steps,
             )
         )
 
@@ -300,11 +303,11 @@ class Engine:
         )
 
     def _lose(self, ep_rank: int, reason: str) -> None:
-        """End the epoch and every request; weights and cache stay for the next."""
+        """End the epoch: its links are dropped, so that nothing of it arrives any more. All else stays."""
         self.close()
         self._is_reported = False
         self._last_loss = (ep_rank, reason)
-        self._send(Lost(self._epoch, ep_rank, reason, self._scheduler.drop()))
+        self._send(Lost(self._epoch, ep_rank, reason))
 
     def _let_go_of_held(self) -> None:
         held, self._held = self._held, None

@@ -1,6 +1,6 @@
 """How often each expert was chosen: the router sees every choice, so the counts are exact.
 
-Shapes: T tokens, K experts per token, E routed experts.
+Shapes: T tokens, K experts per token, E routed experts, L layers with experts.
 """
 
 from __future__ import annotations
@@ -17,18 +17,26 @@ class ExpertLoads:
     """Choices per layer and expert since the engine started. Owned by the thread that steps."""
 
     def __init__(self, n_routed_experts: int, moe_layer_ids: Iterable[int]) -> None:
-        self._counts = {
-            layer_id: torch.zeros(n_routed_experts, dtype=torch.int64) for layer_id in moe_layer_ids
-        }
+        self._rows = {layer_id: row for row, layer_id in enumerate(moe_layer_ids)}
+        self._settled = torch.zeros(len(self._rows), n_routed_experts, dtype=torch.int64)  # [L, E]
+        self._of_step = torch.zeros_like(self._settled)
+
+    def begin_step(self) -> None:
+        """Forget the choices of a step that did not settle: it is computed again."""
+        self._of_step.zero_()
 
     def count(self, layer_id: int, topk_ids: Tensor) -> None:  # [T, K]
-        """Count the choices of a micro-batch in one layer."""
-        counts = self._counts[layer_id]
+        """Count the choices of a micro-batch in one layer, until the step settles."""
+        counts = self._of_step[self._rows[layer_id]]
         counts += torch.bincount(topk_ids.reshape(-1), minlength=counts.numel()).to(counts.device)
+
+    def settle(self) -> None:
+        """The step is computed: its choices count."""
+        self._settled += self._of_step
 
     def layers(self) -> dict[int, list[int]]:
         """Counts by layer, in the order of the experts."""
-        return {layer_id: counts.tolist() for layer_id, counts in self._counts.items()}
+        return {layer_id: self._settled[row].tolist() for layer_id, row in self._rows.items()}
 
 
 class CountedExchange:
@@ -48,7 +56,8 @@ class CountedExchange:
         self._exchange.extra = extra
 
     def begin(self, header: StepHeader, origins: Sequence[RowOrigins] = ()) -> None:
-        """Pass on."""
+        """Begin to count a step, and pass on."""
+        self._loads.begin_step()
         self._exchange.begin(header, origins)
 
     def dispatch(

@@ -63,6 +63,10 @@ class Plan:
             position += left.num_tokens
         return tuple(Plan(tuple(chunks)) for chunks in parts)
 
+    def without(self, sequence: Sequence) -> Plan:
+        """The plan without the chunk of a sequence."""
+        return Plan(tuple(chunk for chunk in self.chunks if chunk.sequence is not sequence))
+
     @property
     def sampled(self) -> tuple[Sequence, ...]:
         """The sequences that get a token, in the order of the rows of the logits."""

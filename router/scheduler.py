@@ -45,8 +45,8 @@ class Settled:
 class Scheduler:
     """The waiting and the running sequences, and the blocks they hold.
 
-    One step is `schedule`, computing the plan, `settle`; in between nothing else may be called, except `drop`
-    when the step failed.
+    One step is `schedule`, computing the plan, `settle`. A step that failed is planned again as it was, less
+    what was aborted meanwhile: until a plan has settled, its sequences keep their tokens and their blocks.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -66,6 +66,7 @@ class Scheduler:
         self._blocks = BlockAllocator(limits.num_blocks)
         self._waiting: OrderedDict[str, Sequence] = OrderedDict()
         self._running: dict[str, Sequence] = {}
+        self._unsettled: Plan | None = None
 
     @property
     def num_running(self) -> int:
@@ -86,6 +87,11 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether the next plan has chunks."""
         return bool(self._running or self._waiting)
+
+    @property
+    def is_unsettled(self) -> bool:
+        """Whether the next plan is one that was given before."""
+        return self._unsettled is not None
 
     def submit(self, sequence: Sequence) -> None:
         """Put a sequence at the end of the queue.
@@ -113,21 +119,20 @@ class Scheduler:
     def abort(self, request_id: str) -> bool:
         """Forget a sequence and free its blocks; False where the id is unknown."""
         if sequence := self._running.pop(request_id, None):
+            # Its blocks may belong to another sequence when the plan is computed again.
+            rest = self._unsettled.without(sequence) if self._unsettled is not None else None
+            self._unsettled = rest if rest is not None and rest.chunks else None
             self._release(sequence)
             return True
         return self._waiting.pop(request_id, None) is not None
 
-    def drop(self) -> list[str]:
-        """Forget every sequence, free every block, and return the ids, oldest first."""
-        for sequence in self._running.values():
-            self._release(sequence)
-        request_ids = [*self._running, *self._waiting]
-        self._running.clear()
-        self._waiting.clear()
-        return request_ids
-
     def schedule(self) -> Plan:
-        """Plan one step: a token of every sequence that decodes, and prompts up to `max_prefill_tokens`."""
+        """Plan one step: a token of every sequence that decodes, and prompts up to `max_prefill_tokens`.
+
+        The plan that has not settled yet, if there is one, whatever the limits are now.
+        """
+        if self._unsettled is not None:
+            return self._unsettled
         chunks: list[Chunk] = []
         budget = self.limits.max_prefill_tokens
         # A copy, since growing one sequence may preempt others: always younger ones, which have no chunk yet.
@@ -142,7 +147,8 @@ class Scheduler:
         while budget > 0 and (admitted := self._admit()) is not None:
             chunks.append(_chunk(admitted, min(admitted.num_pending, budget)))
             budget -= chunks[-1].num_tokens
-        return Plan(tuple(chunks))
+        self._unsettled = Plan(tuple(chunks))
+        return self._unsettled
 
     def settle(self, plan: Plan, token_ids: Row[int]) -> list[Settled]:
         """Take the tokens that a plan gave, and free what has finished.
@@ -151,6 +157,7 @@ class Scheduler:
             plan: what `schedule` returned last, computed.
             token_ids: one per sequence of `plan.sampled`, in that order.
         """
+        self._unsettled = None
         settled = []
         drawn = iter(token_ids)
         for chunk in plan.chunks:

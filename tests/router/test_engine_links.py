@@ -19,6 +19,7 @@ from common.placement import Placement, contiguous
 from expert_worker.in_process import open_experts
 from expert_worker.step_loop import serve
 from router.messages import (
+    Abort,
     CommitTune,
     Connect,
     Disconnect,
@@ -30,7 +31,7 @@ from router.messages import (
     Tokens,
     Tuned,
 )
-from tests.router.engine_child import EngineChild, engine, tune
+from tests.router.engine_child import Answer, EngineChild, engine, note, tune
 from tests.router.test_engine_process import SMALL, mixed_requests, request
 from tests.tiny_checkpoint import write_checkpoint
 
@@ -151,17 +152,24 @@ def test_answers_over_links_are_those_of_one_process_before_and_after_a_loss(
         expected = alone.answer(mixed_requests())
     assert child.answer(mixed_requests()) == expected
     assert len(child.idle().workers) == 2
+    after = len(child.seen)
 
-    child.send(request("long", 9, max_tokens=5000))
+    child.send(*mixed_requests())
     child.until(Tokens)
     workers.members[1].drop_links()
     lost = child.until(Lost)
-    assert (lost.epoch, lost.ep_rank, lost.request_ids) == (1, 1, ["long"])
-    assert child.idle().kv_blocks_used == 0
+    assert (lost.epoch, lost.ep_rank) == (1, 1)
 
     workers.connect(2)
     assert child.until(Linked).epoch == 2
-    assert child.answer(mixed_requests()) == expected
+    stats = child.until(Stats, lambda stats: stats.epoch == 2)
+    assert stats.replayed_steps == 1
+    assert child.idle().kv_blocks_used == 0
+    answers = {one.request_id: Answer() for one in mixed_requests()}
+    for message in child.seen[after:]:
+        for event in message.events if isinstance(message, Tokens) else ():
+            note(answers[event["id"]], event)
+    assert answers == expected
 
 
 def test_an_answer_goes_on_unchanged_while_the_next_epoch_takes_over(
@@ -201,14 +209,21 @@ def test_an_answer_goes_on_unchanged_while_epochs_are_held_given_up_and_committe
     assert not any(isinstance(message, Lost) for message in child.seen)
 
 
-def test_a_disconnect_loses_what_runs_and_nothing_after(linked: tuple[EngineChild, Workers]) -> None:
-    child, _ = linked
+def test_after_a_disconnect_what_runs_and_what_comes_wait_for_the_next_epoch(
+    linked: tuple[EngineChild, Workers],
+) -> None:
+    child, workers = linked
     child.send(request("a", 9, max_tokens=5000))
     child.until(Tokens)
     child.send(Disconnect(1, "worker w1 left"))
-    assert child.until(Lost) == Lost(1, -1, "worker w1 left", ["a"])
+    assert child.until(Lost) == Lost(1, -1, "worker w1 left")
     child.send(request("b", 9))
-    assert child.until(Lost).request_ids == ["b"]
+    waiting = child.until(Stats, lambda stats: stats.num_waiting == 1)
+    assert (waiting.num_running, waiting.epoch) == (1, 0)
+    child.send(Abort("a"))
+    assert child.until(Stats, lambda stats: stats.num_running == 0).kv_blocks_used == 0
+    workers.connect(2)
+    child.until(Tokens, lambda message: message.events[0]["fin"] == "length")
 
 
 def test_an_epoch_that_is_given_up_while_it_is_joined_never_comes_into_force(

@@ -33,8 +33,22 @@ def test_every_choice_of_every_token_is_counted_once(tmp_path: Path) -> None:
     naive.dispatch = watched  # type: ignore[method-assign,assignment]
     driver.exchange = CountedExchange(naive, loads)
     driver.finish(*(driver.sequence(prompt) for prompt in random_prompts((5, 17, 1), 128)))
+    assert not any(any(counts) for counts in loads.layers().values())
+    loads.settle()
     assert loads.layers() == chosen
     assert all(sum(counts) == 23 * config.num_experts_per_tok for counts in chosen.values())
+
+
+def test_a_step_that_is_computed_again_is_counted_once() -> None:
+    loads = ExpertLoads(3, [4, 6])
+    loads.begin_step()
+    loads.count(4, torch.tensor([[0, 1], [0, 2]]))  # then a worker is lost
+    for topk_ids in ([[0, 1], [0, 2]], [[2, 1]]):
+        loads.begin_step()
+        loads.count(4, torch.tensor(topk_ids))
+        loads.count(6, torch.tensor(topk_ids[:1]))
+        loads.settle()
+    assert loads.layers() == {4: [2, 2, 2], 6: [1, 2, 1]}
 
 
 def test_an_engine_tells_its_counts_and_they_grow_by_every_token_it_computed(tmp_path: Path) -> None:

@@ -239,14 +239,33 @@ def test_an_abort_frees_blocks_of_the_running_and_forgets_the_waiting() -> None:
     assert not scheduler.has_work
 
 
-def test_dropping_everything_after_a_failed_step_leaves_an_empty_cache() -> None:
+def test_a_plan_that_did_not_settle_is_planned_again_whatever_came_and_whatever_the_limits_are() -> None:
     scheduler = Scheduler(replace(ROOMY, max_batch_size=2))
-    for i in range(4):
+    for i in range(3):
         scheduler.submit(request(f"r{i}", 9))
-    scheduler.schedule()
-    assert scheduler.drop() == ["r0", "r1", "r2", "r3"]
-    assert scheduler.num_blocks_used == 0
+    plan = scheduler.schedule()
+    scheduler.submit(request("late", 9))
+    scheduler.limits = replace(ROOMY, max_batch_size=1, max_prefill_tokens=1)
+    assert (scheduler.schedule(), scheduler.is_unsettled) == (plan, True)
+    settle(scheduler, plan)
+    assert not scheduler.is_unsettled
+    assert scheduler.schedule() != plan
+
+
+def test_a_sequence_that_is_aborted_leaves_the_plan_that_did_not_settle() -> None:
+    scheduler = Scheduler(ROOMY)
+    for name in "abc":
+        scheduler.submit(request(name, 9))
+    first, _, last = scheduler.schedule().chunks
+    assert scheduler.abort("b")
+    assert scheduler.schedule().chunks == (first, last)
+    assert scheduler.abort("a")
+    assert scheduler.abort("c")
     assert not scheduler.has_work
+    assert scheduler.num_blocks_used == 0
+    scheduler.submit(request("b", 9))
+    (again,) = scheduler.schedule().chunks
+    assert again.sequence.block_table
 
 
 @pytest.mark.parametrize("change", [{"max_seq_len": 4001}, {"max_batch_size": 0}, {"max_prefill_tokens": 0}])
