@@ -41,6 +41,7 @@ keys to values: {"ServerConfig.port": 0, "ModelConfig.worldSize": 4, "ExpertMesh
 | threads                          | ExpertMesh.threads                        | None: torch's default      |
 | register_timeout_s               | ExpertMesh.registerTimeoutSeconds         | 60.0                       |
 | deadline_floor_s                 | ExpertMesh.deadlineFloorSeconds           | 0.25                       |
+| recovery_timeout_s               | ExpertMesh.recoveryTimeoutSeconds         | 120.0 (0: do not wait)     |
 | drain_timeout_s                  | ExpertMesh.drainTimeoutSeconds            | 30.0                       |
 | trace_file                       | ExpertMesh.traceFile                      | None: nothing is recorded  |
 | log_level                        | ExpertMesh.logLevel                       | "info"                     |
@@ -132,6 +133,7 @@ class Config(BaseModel):
     threads: Annotated[int | None, At("ExpertMesh.threads", FLEET)]
     register_timeout_s: Annotated[float, At("ExpertMesh.registerTimeoutSeconds", WORKERS)]
     deadline_floor_s: Annotated[float, At("ExpertMesh.deadlineFloorSeconds", HOT)]
+    recovery_timeout_s: Annotated[float, At("ExpertMesh.recoveryTimeoutSeconds", HOT)]
     drain_timeout_s: Annotated[float, At("ExpertMesh.drainTimeoutSeconds", HOT)]
     trace_file: Annotated[str | None, At("ExpertMesh.traceFile", ROUTER)]
     log_level: Annotated[str, At("ExpertMesh.logLevel", HOT)]

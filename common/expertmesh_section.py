@@ -35,6 +35,7 @@ class ExpertMeshSection(Section, extra="forbid"):
     register_timeout_seconds: Seconds = 60.0
     fleet_token_file: str | None = Field(default=None, min_length=1)
     deadline_floor_seconds: float = Field(default=0.25, gt=0, le=60)
+    recovery_timeout_seconds: float = Field(default=120.0, ge=0, le=86400)
     drain_timeout_seconds: float = Field(default=30.0, ge=0, le=86400)
     trace_file: str | None = Field(default=None, min_length=1)
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -378,6 +378,9 @@ class GetStatusResponse(_message.Message):
     A2A_OVERFLOW_ROUNDS_FIELD_NUMBER: _builtins.int
     CUTOFF_EXTRA_PASSES_FIELD_NUMBER: _builtins.int
     COVERAGE_FIELD_NUMBER: _builtins.int
+    RECOVERIES_FIELD_NUMBER: _builtins.int
+    RECOVERY_SECONDS_FIELD_NUMBER: _builtins.int
+    REPLAYED_STEPS_TOTAL_FIELD_NUMBER: _builtins.int
     ready: _builtins.bool
     """Whether requests are being served."""
     not_ready_reason: _builtins.str
@@ -416,6 +419,12 @@ class GetStatusResponse(_message.Message):
     """Passes beyond the first that the routing cutoff made necessary at ep_level 1, in this epoch."""
     coverage: _builtins.float
     """Share of the experts that survives the loss of any one worker, 0 to 1."""
+    recoveries: _builtins.int
+    """Losses, of an expert worker or of the engine, that answers have survived since the router started."""
+    recovery_seconds: _builtins.float
+    """Seconds that answers waited at the last of them: from the loss to the first step that was computed after it."""
+    replayed_steps_total: _builtins.int
+    """Steps that were computed again, since an expert worker was lost in them; since the engine started."""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertWorkerStatus]:
         """The expert workers, by ep_rank."""
@@ -448,10 +457,13 @@ class GetStatusResponse(_message.Message):
         a2a_overflow_rounds: _builtins.int = ...,
         cutoff_extra_passes: _builtins.int = ...,
         coverage: _builtins.float = ...,
+        recoveries: _builtins.int = ...,
+        recovery_seconds: _builtins.float = ...,
+        replayed_steps_total: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["a2a_overflow_rounds", b"a2a_overflow_rounds", "config_version", b"config_version", "coverage", b"coverage", "cutoff_extra_passes", b"cutoff_extra_passes", "engine_loaded_bytes", b"engine_loaded_bytes", "engine_state", b"engine_state", "engine_total_bytes", b"engine_total_bytes", "ep_level", b"ep_level", "epoch", b"epoch", "expected_workers", b"expected_workers", "kv_blocks_total", b"kv_blocks_total", "kv_blocks_used", b"kv_blocks_used", "model_name", b"model_name", "not_ready_reason", b"not_ready_reason", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "num_steps", b"num_steps", "ready", b"ready", "term", b"term", "warnings", b"warnings", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["a2a_overflow_rounds", b"a2a_overflow_rounds", "config_version", b"config_version", "coverage", b"coverage", "cutoff_extra_passes", b"cutoff_extra_passes", "engine_loaded_bytes", b"engine_loaded_bytes", "engine_state", b"engine_state", "engine_total_bytes", b"engine_total_bytes", "ep_level", b"ep_level", "epoch", b"epoch", "expected_workers", b"expected_workers", "kv_blocks_total", b"kv_blocks_total", "kv_blocks_used", b"kv_blocks_used", "model_name", b"model_name", "not_ready_reason", b"not_ready_reason", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "num_steps", b"num_steps", "ready", b"ready", "recoveries", b"recoveries", "recovery_seconds", b"recovery_seconds", "replayed_steps_total", b"replayed_steps_total", "term", b"term", "warnings", b"warnings", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -94,7 +94,7 @@ class Connect:
 
 @dataclass(frozen=True, slots=True)
 class Disconnect:
-    """Drop the links of an epoch: a member is gone. Where it is in force, running requests wait for the next."""
+    """Drop the links of an epoch: a member is gone. Where it is in force, requests wait for the next."""
 
     epoch: int
     reason: str
@@ -235,7 +235,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """An expert worker was lost, the epoch is over. Requests wait for the next, which computes the step again.
+    """An expert worker was lost, the epoch is over. Requests wait for the next, which runs the step again.
 
     Attributes:
         ep_rank: the worker that was lost, or -1 where the front said so itself (Disconnect).
@@ -272,11 +272,11 @@ class Loads:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """Sent after a step, at most ten times a second, after the first of an epoch, and when the engine is idle.
+    """Sent after a step, at most ten times a second, after an epoch's first, and when the engine is idle.
 
     Attributes:
         epoch: a step of it has settled, or there is none to run; 0: none is in force.
-        replayed_steps: steps that were computed again after a loss and have settled, since the engine started.
+        replayed_steps: steps that were run again after a loss and have settled, since the engine started.
         extra_rounds, extra_passes: of the exchange in force, see common.exchange.Extra.
         workers: per ep_rank [receive_s, compute_s, reply_s] of the last step.
     """

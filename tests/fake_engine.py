@@ -1,7 +1,8 @@
 """An engine without a model: `python -m tests.fake_engine --channel-fd N` speaks router.messages and counts.
 
 Token i of an answer is (prompt[0] + i) % 100 + 10. A prompt that begins with 1 is answered slowly, 2 ends the
-process, 3 loses ep_rank 0, 4 is never answered. Tune is agreed to, unless micro_batches is one of the numbers
+process, 3 loses ep_rank 0 once and 5 in every epoch before its second token, 4 is never answered. Without an
+epoch nothing is answered, unless it needs none. Tune is agreed to, unless micro_batches is one of the numbers
 below; what is committed with it must be the epoch it was told to hold. The number of steps it reports tells
 what is in force: 100 * ep_level + micro_batches.
 """
@@ -34,7 +35,7 @@ from router.messages import (
     TuneRefused,
 )
 
-SLOW, DIES, LOSES, SILENT = 1, 2, 3, 4
+SLOW, DIES, LOSES, SILENT, LOSES_ALWAYS = 1, 2, 3, 4, 5
 AGREES_AND_DIES, DIES_WHEN_ASKED, NEVER_AGREES, REFUSES = 5, 6, 7, 8
 """Values of micro_batches."""
 INT8_LAYERS = [1]
@@ -52,6 +53,9 @@ class FakeEngine:
         self.running: dict[str, tuple[Submit, int]] = {}
         self.epoch = 0
         self.held = 0
+        self.needs_epoch = True
+        self.lost: set[str] = set()
+        self.num_replayed = 0
         self.tuning = 0
         self.proposed: Tune | None = None
 
@@ -59,7 +63,8 @@ class FakeEngine:
         threading.Thread(target=self.read, daemon=True).start()
         while True:
             try:
-                message = self.inbox.get(timeout=0.005 if self.running else None)
+                is_busy = self.running and (self.epoch or not self.needs_epoch)
+                message = self.inbox.get(timeout=0.005 if is_busy else None)
             except queue.Empty:
                 message = None
             if message is None:
@@ -78,6 +83,7 @@ class FakeEngine:
         send = self.channel.send
         match message:
             case Configure():
+                self.needs_epoch = not message.experts_in_process
                 send(Loading(1, 2))
                 max_seq_len = message.max_seq_len or 64
                 send(Loaded(2, 8, message.block_size, max_seq_len, "127.0.0.1", 1, INT8_LAYERS))
@@ -90,8 +96,6 @@ class FakeEngine:
                 if message.prompt[0] == DIES:
                     os._exit(3)
                 self.running[message.request_id] = (message, 0)
-                if message.prompt[0] == LOSES:
-                    self.lose(0, "expert worker a was lost")
             case Abort():
                 self.running.pop(message.request_id, None)
                 self.report()
@@ -106,7 +110,8 @@ class FakeEngine:
         else:
             self.epoch = message.epoch
         self.channel.send(Linked(message.epoch, []))
-        self.report()
+        if not self.running:
+            self.report()
 
     def disconnect(self, message: Disconnect) -> None:
         if message.epoch == self.held:
@@ -139,13 +144,27 @@ class FakeEngine:
         self.report()
 
     def report(self) -> None:
-        self.channel.send(Stats(len(self.running), 0, 0, self.tuning, self.epoch))
+        self.channel.send(
+            Stats(len(self.running), 0, 0, self.tuning, self.epoch, replayed_steps=self.num_replayed)
+        )
 
     def lose(self, ep_rank: int, reason: str) -> None:
-        self.channel.send(Lost(self.epoch, ep_rank, reason, list(self.running)))
-        self.running.clear()
+        epoch, self.epoch = self.epoch, 0
+        self.channel.send(Lost(epoch, ep_rank, reason))
+
+    def loses(self) -> bool:
+        """Whether a worker is lost in this step."""
+        for name, (submit, index) in self.running.items():
+            is_first = index == 1 and name not in self.lost
+            if (index == 1 and submit.prompt[0] == LOSES_ALWAYS) or (is_first and submit.prompt[0] == LOSES):
+                self.lost.add(name)
+                return True
+        return False
 
     def step(self) -> None:
+        if self.loses():
+            self.lose(0, "expert worker a (ep_rank 0) was lost at layer 1 in phase combine")
+            return
         events: list[dict[str, object]] = []
         for name, (submit, index) in list(self.running.items()):
             if submit.prompt[0] == SILENT:
@@ -164,7 +183,10 @@ class FakeEngine:
             else:
                 self.running[name] = (submit, index + 1)
         if events:
+            self.num_replayed += bool(self.lost)
+            self.lost.clear()
             self.channel.send(Tokens(events))
+            self.report()
 
 
 def main() -> None:

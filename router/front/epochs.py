@@ -73,10 +73,21 @@ class Epochs:
             self._give_up(f"expert worker {worker.worker_id} was lost: {reason}", tell_engine=True)
         self.wake()
 
+    def has_ranks_of(self, epoch: int) -> bool:
+        """Whether the ranks that workers have now are those of an epoch."""
+        if self._state.is_linked:
+            return epoch == self._state.epoch
+        return self._attempt is not None and epoch == self._attempt.epoch
+
     def engine_lost_epoch(self, epoch: int, reason: str) -> None:
-        """The engine dropped an epoch: one of its links failed."""
+        """The engine dropped an epoch: one of its links failed.
+
+        It may have taken the first step, and lost it, before all workers have said that they are linked.
+        """
         if self._state.is_linked and epoch == self._state.epoch:
             self._give_up(reason, tell_engine=False)
+        elif self._attempt is not None and epoch == self._attempt.epoch:
+            self._attempt.fail(reason)
         self.wake()
 
     def engine_ended(self) -> None:
@@ -275,5 +286,5 @@ class Epochs:
         if self._state.is_linked:
             if tell_engine:
                 self._reach.send(Disconnect(self._state.epoch, reason))
-            self._state.epoch_over(f"epoch {self._state.epoch} is over and the next is not ready: {reason}")
+            self._state.epoch_over(reason)
         self._members = []

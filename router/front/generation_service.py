@@ -95,11 +95,11 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     async def _admit(self, request: pb.GenerateRequest) -> Entry:
         check_supported(request)
-        self._state.check_ready()
+        self._state.check_admits()
         self._journal.check_room()
         prompt = await self._prompt_of(request)
-        # Tokenizing may have taken a while, and the engine may have been lost meanwhile.
-        self._state.check_ready()
+        # Tokenizing may have taken a while, and much may have happened meanwhile.
+        self._state.check_admits()
         request_id = request.request_id or secrets.token_hex(16)
         return self._journal.open(submit_from(request, request_id, prompt, self._limits()))
 

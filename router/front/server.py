@@ -35,6 +35,7 @@ from router.front.generation_service import GenerationService
 from router.front.heartbeats import Heartbeats
 from router.front.journal import End, Journal
 from router.front.load_inquiry import LoadInquiry
+from router.front.recovery import Recovery
 from router.front.reload import Reload
 from router.front.rollout import Rollout
 from router.front.sampling_params import Limits
@@ -43,6 +44,7 @@ from router.front.status import status_of
 from router.front.version_files import VersionFiles
 from router.messages import (
     TO_FRONT,
+    Abort,
     AskProgress,
     Configure,
     Linked,
@@ -90,9 +92,12 @@ class Front:
         self.tokenizer = Tokenizer.from_directory(Path(config.model_path), self.model.vocab_size)
         # Grows with every start, so that workers can tell an old router from a new one.
         self.term = time.time_ns() // 1_000_000
-        self.state = ServiceState(needs_epoch=not config.experts_in_process)
-        self.state.on_ready_change = self._ready_changed
         self.journal = Journal(lambda: self.config.max_queued_requests)
+        self._recovery = Recovery(lambda: self.config.recovery_timeout_s, self._end_answers)
+        self.state = ServiceState(
+            not config.experts_in_process, self._recovery, num_streams=lambda: len(self.journal)
+        )
+        self.state.on_ready_change = self._ready_changed
         kind = Kind("the router's engine", engine_module, TO_FRONT, Loaded)
         self.engine = KeptChild(kind, self._configure, self._from_engine, self._engine_ended)
         self.fleet = Fleet(table)
@@ -178,6 +183,7 @@ class Front:
 
     async def close(self) -> None:
         """End what is still running, and close all ports."""
+        self._recovery.stop()
         error = StreamLost("the router is shutting down", "DRAINING")
         self.journal.finish_all(End(error=error))
         await asyncio.gather(*(server.stop(STOP_GRACE_S) for server in self._servers.values()))
@@ -256,12 +262,13 @@ class Front:
                 self._spawn(self._answer_progress(message))
 
     def _engine_lost(self, message: Lost) -> None:
-        self.journal.finish(message.request_ids, End(error=StreamLost(message.message)))
-        if self.epochs is None or self.heartbeats is None or message.ep_rank < 0:
+        if self.epochs is None or self.heartbeats is None:
             return
         logger.warning("epoch %d: %s", message.epoch, message.message)
-        if self.state.is_linked and message.epoch == self.state.epoch:
-            self.heartbeats.lost_by_engine(message.ep_rank, message.message)
+        if message.ep_rank >= 0:
+            self._recovery.explain(message.message)
+            if self.epochs.has_ranks_of(message.epoch):
+                self.heartbeats.lost_by_engine(message.ep_rank, message.message)
         self.epochs.engine_lost_epoch(message.epoch, message.message)
 
     async def _answer_progress(self, message: AskProgress) -> None:
@@ -269,8 +276,14 @@ class Front:
             progress = await self.heartbeats.progress_of(message.ep_rank)
             self.engine.send(Progress(message.ask_id, progress))
 
+    def _end_answers(self, error: StreamLost) -> None:
+        """Nothing was computed for too long: end every answer, and have the engine forget it."""
+        for request_id in self.journal.finish_all(End(error=error)):
+            self.engine.send(Abort(request_id))
+        self.state.announce()
+
     def _engine_ended(self, why: str) -> None:
-        self.state.engine_ended()
+        self.state.engine_ended(why)
         self.tuning.engine_ended()
         if self.epochs is not None:
             self.epochs.engine_ended()
@@ -305,6 +318,7 @@ class Front:
     def _config_changed(self, before: Config, after: Config) -> None:
         if before.log_level != after.log_level:
             set_level(after.log_level)
+        self._recovery.timeout_changed()
         if self.epochs is not None:
             self.epochs.wake()  # what is in force must not forbid the epoch
         self.state.announce()

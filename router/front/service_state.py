@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from common.errors import NotReady
+from router.front.recovery import ENGINE_LOST, WORKER_LOST, Recovery
 from router.messages import Loaded, Loading, Stats
 
 LOADING, READY, RESTARTING = "loading", "ready", "restarting"
@@ -18,10 +19,14 @@ class ServiceState:
 
     Attributes:
         needs_epoch: False where the experts are in the engine's process.
+        recovery: whether answers wait for what was lost.
+        num_streams: how many answers are open.
         waiting_for: one sentence on what the next epoch waits for.
     """
 
     needs_epoch: bool
+    recovery: Recovery
+    num_streams: Callable[[], int]
     engine_state: str = LOADING
     loading: Loading | None = None
     loaded: Loaded | None = None
@@ -44,6 +49,16 @@ class ServiceState:
         """One sentence, empty when ready."""
         if self.is_draining:
             return "the router is shutting down and takes no new requests"
+        obstacle = self._obstacle
+        if obstacle and self.recovery.is_waiting:
+            count = self.num_streams()
+            wait = "1 stream waits" if count == 1 else f"{count} streams wait"
+            return f"recovering: {self.recovery.why}; {wait}; {obstacle}"
+        return obstacle
+
+    @property
+    def _obstacle(self) -> str:
+        """What keeps steps from being computed; empty where nothing does."""
         if self.loaded is None:
             if self.engine_state == RESTARTING:
                 return "the router's engine ended and is being restarted"
@@ -55,14 +70,16 @@ class ServiceState:
             return self.waiting_for
         return ""
 
-    def check_ready(self) -> None:
-        """Refuse what cannot be served now.
+    def check_admits(self) -> None:
+        """Refuse what cannot be served now or after a recovery that is under way.
 
         Raises:
             NotReady: with the reason.
         """
-        if why := self.why_not_ready:
-            raise NotReady(why, "DRAINING" if self.is_draining else "NOT_READY")
+        if self.is_draining:
+            raise NotReady(self.why_not_ready, "DRAINING")
+        if self._obstacle and not self.recovery.is_waiting:
+            raise NotReady(self._obstacle, "NOT_READY")
 
     def engine_loading(self, message: Loading) -> None:
         """The engine has read some weights."""
@@ -77,22 +94,28 @@ class ServiceState:
     def engine_stats(self, message: Stats) -> None:
         """The engine counted what it does."""
         self.stats = message
+        self._look_whether_settled()
         self.announce()
 
-    def engine_ended(self) -> None:
+    def engine_ended(self, why: str) -> None:
         """The engine is gone; a new one is started."""
         self.loaded = self.loading = self.stats = None
         self.engine_state, self.is_linked = RESTARTING, False
+        self.recovery.begin(why, ENGINE_LOST)
         self.announce()
 
     def epoch_begun(self, epoch: int) -> None:
         """All links of an epoch are up."""
         self.epoch, self.is_linked, self.waiting_for = epoch, True, ""
+        # The engine may have taken its first step before the last worker said that it is linked.
+        self._look_whether_settled()
         self.announce()
 
     def epoch_over(self, why: str) -> None:
-        """The epoch in force lost a member."""
-        self.is_linked, self.waiting_for = False, why
+        """The epoch in force lost a member: `why` is one sentence."""
+        self.is_linked = False
+        self.waiting_for = f"epoch {self.epoch} is over and the next is not ready"
+        self.recovery.begin(why, WORKER_LOST)
         self.announce()
 
     def wait_for(self, what: str) -> None:
@@ -114,6 +137,15 @@ class ServiceState:
             self._was_ready = self.is_ready
             if self.on_ready_change is not None:
                 self.on_ready_change(self._was_ready)
+
+    def _look_whether_settled(self) -> None:
+        """The recovery is over when a step has settled, or when no answer waits for one."""
+        stats = self.stats
+        if stats is None or self._obstacle or (self.needs_epoch and stats.epoch != self.epoch):
+            return
+        # An engine that was started again may not have heard of the answers yet.
+        if stats.num_steps > 0 or self.num_streams() == 0:
+            self.recovery.settled()
 
     async def wait_changed(self, timeout_s: float) -> None:
         """Return at the next change, or when the time is over."""

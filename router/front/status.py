@@ -43,6 +43,9 @@ def status_of(
         a2a_overflow_rounds=stats.extra_rounds if stats else 0,
         cutoff_extra_passes=stats.extra_passes if stats else 0,
         coverage=coverage,
+        recoveries=state.recovery.num_recoveries,
+        recovery_seconds=state.recovery.last_s,
+        replayed_steps_total=stats.replayed_steps if stats else 0,
     )
     if loaded is not None:
         status.engine_loaded_bytes = status.engine_total_bytes = loaded.loaded_bytes

@@ -80,11 +80,8 @@ class EngineChild:
                         note(answers[str(event["id"])], event)
                 case Rejected():
                     answers[message.request_id].error = message.message
-                case Lost():
-                    for request_id in message.request_ids:
-                        answers[request_id].error = message.message
-                case Fatal() | None:
-                    raise AssertionError(f"the engine ended: {message}")
+                case Fatal() | Lost() | None:
+                    raise AssertionError(f"the engine ended, or its epoch: {message}")
         return answers
 
     def idle(self) -> Stats:

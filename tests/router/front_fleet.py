@@ -135,3 +135,12 @@ async def running_front(at_start: Effective) -> AsyncIterator[Running]:
 
 def request_of(ids: list[int], **sampling: Any) -> pb.GenerateRequest:
     return pb.GenerateRequest(token_ids=pb.TokenIds(ids=ids), sampling=pb.SamplingParams(**sampling))
+
+
+async def tokens_of(running: Running, request: pb.GenerateRequest, timeout_s: float = 20.0) -> list[int]:
+    """The tokens of one answer, which must be whole."""
+    tokens: list[int] = []
+    async for response in running.stub.Generate(request, timeout=timeout_s):
+        tokens.extend(response.chunk.token_ids)
+    assert response.HasField("finished")
+    return tokens

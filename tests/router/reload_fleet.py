@@ -14,6 +14,7 @@ from router.front.allowance import Allowance
 from router.front.epoch_attempt import EpochFacts, Reach
 from router.front.epochs import Epochs
 from router.front.fleet import Fleet, Worker
+from router.front.recovery import Recovery
 from router.front.service_state import ServiceState
 from router.front.two_servers import TwoServerRule
 from router.messages import Connect, Disconnect, Linked, Loaded
@@ -78,7 +79,8 @@ class Workers:
     def __init__(self, config: Callable[[], Config], send: Callable[[object], None]) -> None:
         self.behaviour = AGREES
         self.fleet = Fleet()
-        self.state = ServiceState(needs_epoch=True)
+        recovery = Recovery(lambda: 120.0, lambda error: None)
+        self.state = ServiceState(needs_epoch=True, recovery=recovery, num_streams=lambda: 0)
         self.agents: dict[str, Agent] = {}
         agent_of: Any = lambda worker: self.agents[worker.worker_id]  # noqa: E731 - an edge, of another type
         facts = EpochFacts(

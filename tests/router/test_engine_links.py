@@ -168,7 +168,7 @@ def test_answers_over_links_are_those_of_one_process_before_and_after_a_loss(
     answers = {one.request_id: Answer() for one in mixed_requests()}
     for message in child.seen[after:]:
         for event in message.events if isinstance(message, Tokens) else ():
-            note(answers[event["id"]], event)
+            note(answers[str(event["id"])], event)
     assert answers == expected
 
 

@@ -34,6 +34,7 @@ OTHER: dict[str, Any] = {
     "cutoff_min_rows": 7,
     "deadline_floor_s": 7.0,
     "drain_timeout_s": 7.0,
+    "recovery_timeout_s": 8.0,
     "log_level": "error",
     "max_queued_requests": 7,
 }

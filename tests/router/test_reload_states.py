@@ -90,8 +90,16 @@ class World:
         self.engine = None
         self.tuning.engine_ended()
         if self.workers is not None:
-            self.workers.state.engine_ended()
+            self.workers.state.engine_ended("the engine was killed")
             self.workers.epochs.engine_ended()
+
+    def kill_engine_in_loop(self) -> None:
+        """The engine dies while nothing else happens."""
+
+        async def kill() -> None:
+            self.kill_engine()
+
+        self.loop.run_until_complete(kill())
 
     def settle(self) -> None:
         """What was about to happen happens, and who died is started again."""
@@ -279,7 +287,7 @@ class ReloadMachine(RuleBasedStateMachine):
 
     @rule()
     def the_engine_dies(self) -> None:
-        self.now.kill_engine()
+        self.now.kill_engine_in_loop()
         self.now.settle()
 
     @rule()
