@@ -420,9 +420,9 @@ class GetStatusResponse(_message.Message):
     coverage: _builtins.float
     """Share of the experts that survives the loss of any one worker, 0 to 1."""
     recoveries: _builtins.int
-    """Losses, of an expert worker or of the engine, that answers have survived since the router started."""
+    """Losses, of an expert worker or of the engine, after which steps were computed again, since the router started."""
     recovery_seconds: _builtins.float
-    """Seconds that answers waited at the last of them: from the loss to the first step that was computed after it."""
+    """Seconds that the last of them took: from the loss to the first step after it."""
     replayed_steps_total: _builtins.int
     """Steps that were computed again, since an expert worker was lost in them; since the engine started."""
     @_builtins.property

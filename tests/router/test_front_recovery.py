@@ -115,7 +115,7 @@ async def test_a_step_that_loses_its_worker_every_time_does_not_wait_forever(tmp
         assert error.code() is grpc.StatusCode.UNAVAILABLE
         status = await running.until_ready()
         assert status.epoch > epoch + 1
-        assert status.recoveries == 0
+        assert status.replayed_steps_total == 0
         assert await tokens_of(running, request_of([20], max_tokens=2)) == [30, 31]
 
 
