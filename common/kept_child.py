@@ -14,13 +14,9 @@ from common.channel import Fatal
 from common.child_process import ChildProcess
 from common.errors import ControlError, ExpertMeshError
 from common.progress_counter import ProgressCounter
+from common.restart_delay import RestartDelay
 
 logger = logging.getLogger(__name__)
-
-FIRST_RESTART_DELAY_S = 0.5
-LONGEST_RESTART_DELAY_S = 30.0
-# A child that lived this long and then died is started again without growing delay.
-STEADY_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +86,7 @@ class KeptChild:
         Raises:
             ExpertMeshError: the first child could not start; starting it again would not help.
         """
-        delay_s = FIRST_RESTART_DELAY_S
+        delay = RestartDelay()
         while not self._is_stopping:
             started_s = time.monotonic()
             error = await self._run_once()
@@ -99,11 +95,9 @@ class KeptChild:
             if not self._was_ready:
                 raise error
             self._on_ended(str(error))
-            if time.monotonic() - started_s > STEADY_S:
-                delay_s = FIRST_RESTART_DELAY_S
+            delay_s = delay.after(time.monotonic() - started_s)
             logger.warning("%s; starting it again in %.1f s", error, delay_s)
             await asyncio.sleep(delay_s)
-            delay_s = min(2 * delay_s, LONGEST_RESTART_DELAY_S)
 
     async def stop(self, farewell: object, grace_s: float) -> None:
         """Say the last message; the child is killed when it has not ended within `grace_s`."""

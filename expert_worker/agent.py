@@ -56,6 +56,7 @@ class Agent:
             config.register_timeout_s,
             self._introduction,
             self.executor.has_started,
+            self.executor.is_new,
             self.executor.forget,
         )
         # Its own view of the checkpoint, if it has one: the router's path may not exist on this host.

@@ -46,6 +46,7 @@ class ExecutorLink:
         incarnation: the number of this start.
         ready: what the executor said of itself; None while it starts.
         has_started: set while there is an executor that is ready.
+        is_new: set by every executor that is ready; whoever makes it known takes that back.
         loaded_bytes: bytes of weights in its memory.
         grouped_matmul: how it runs the experts of a layer, and why; empty before it has loaded.
     """
@@ -54,6 +55,7 @@ class ExecutorLink:
         self.incarnation = 0
         self.ready: Ready | None = None
         self.has_started = asyncio.Event()
+        self.is_new = asyncio.Event()
         self.loaded_bytes = 0
         self.grouped_matmul = ""
         self._configure = configure
@@ -167,6 +169,7 @@ class ExecutorLink:
             case Ready():
                 self.ready, self._activity = message, IDLE
                 self.has_started.set()
+                self.is_new.set()
             case LinkClosed():
                 logger.info(
                     "the link of term %d, epoch %d ended: %s", message.term, message.epoch, message.reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -47,6 +48,7 @@ class Registration:
         timeout_s: float,
         introduction: Callable[[], pb.RegisterRequest],
         has_started: asyncio.Event,
+        is_new: asyncio.Event,
         on_term_over: Callable[[int], None],
     ) -> None:
         """Prepare to register.
@@ -57,6 +59,7 @@ class Registration:
             timeout_s: how long to try, at start and after every loss.
             introduction: what the worker says of itself now.
             has_started: set while there is an executor that can be introduced.
+            is_new: set when it is another than before.
             on_term_over: called with a term whose router is gone.
         """
         self.term = 0
@@ -65,9 +68,9 @@ class Registration:
         self._timeout_s = timeout_s
         self._introduction = introduction
         self._has_started = has_started
+        self._is_new = is_new
         self._on_term_over = on_term_over
         self._heard_s = 0.0
-        self._introduced: int | None = None
 
     def heard(self) -> None:
         """The router has called."""
@@ -91,12 +94,15 @@ class Registration:
 
     async def _until_lost(self, interval_s: float) -> None:
         while True:
-            await asyncio.sleep(interval_s / 2)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(interval_s / 2):
+                    # The router waits for whoever was lost: it hears of the next at once.
+                    await self._is_new.wait()
             silent_s = time.monotonic() - self._heard_s
             if silent_s > MISSES_TO_LOSE * interval_s:
                 logger.warning("the router at %s has been silent for %.1f s", self._router, silent_s)
                 return
-            if self._has_started.is_set() and self._introduction().incarnation != self._introduced:
+            if self._is_new.is_set():
                 return
 
     async def _register(self) -> pb.RegisterResponse:
@@ -104,6 +110,7 @@ class Registration:
         delay_s = FIRST_RETRY_DELAY_S
         while True:
             request = self._introduction()
+            self._is_new.clear()
             try:
                 response = await self._call(request)
             except grpc.aio.AioRpcError as error:
@@ -113,7 +120,6 @@ class Registration:
                     raise self._unreachable(request, error) from None
                 logger.info("registering at %s failed, trying again: %s", self._router, error.details())
             else:
-                self._introduced = request.incarnation
                 logger.info("registered with the router at %s, term %d", self._router, response.term)
                 return response
             await asyncio.sleep(delay_s)

@@ -17,16 +17,12 @@ from common.config_file import VARIABLES
 from common.environment import RANK_TABLE_VARIABLE, rank_table_file
 from common.errors import CheckpointError, ConfigError, ControlError
 from common.preflight import require
+from common.restart_delay import RestartDelay
 from expertmesh.preflight import together_here
 from expertmesh.processes import OnLine, Processes, Service, new_token
 from expertmesh.visible_devices import one_for_each
 
 logger = logging.getLogger(__name__)
-
-FIRST_RESTART_DELAY_S = 0.5
-LONGEST_RESTART_DELAY_S = 30.0
-# A worker that served for this long and then died starts again without delay.
-STEADY_S = 60.0
 
 ADDRESS = re.compile(r"(\w+)=(\S+)")
 
@@ -215,7 +211,7 @@ class Fleet:
     async def _keep_worker(self, name: str, fleet_address: str, device: dict[str, str]) -> None:
         """Run one worker, again and again once the fleet serves; before that its end is an error."""
         clock = asyncio.get_running_loop()
-        delay_s = FIRST_RESTART_DELAY_S
+        delay = RestartDelay()
         while True:
             started = clock.time()
             arguments = ["--config", str(self._config), "--router", fleet_address, "--worker-id", name]
@@ -224,10 +220,9 @@ class Fleet:
             status = await worker.wait()
             if not self._is_ready:
                 raise ServiceEnded(worker, status)
-            delay_s = FIRST_RESTART_DELAY_S if clock.time() - started > STEADY_S else delay_s
+            delay_s = delay.after(clock.time() - started)
             logger.warning("%s; starting it again in %.1f s", worker.why(), delay_s)
             await asyncio.sleep(delay_s)
-            delay_s = min(2 * delay_s, LONGEST_RESTART_DELAY_S)
 
 
 def _check_room(config: Config) -> None:
