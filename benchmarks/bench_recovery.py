@@ -5,8 +5,8 @@
 `expertmesh up` on this machine and one greedy stream that is asked for again when it has ended. Once tokens
 have flowed for ten seconds, the executor of a random worker is killed (SIGKILL) or stopped (SIGSTOP). The
 pause ends with the token after the longest gap in what the client gets: tokens of steps that were computed
-before may arrive after the signal. Beside it stands what the router counts itself (`recovery_seconds`, from the
-moment it has noticed), and how long a bare interpreter takes to import torch, which every new executor must do.
+before may arrive after the signal. Beside it stands what the router counts itself (`recovery_seconds`, from
+the moment it has noticed), and how long a bare interpreter takes to import torch, as every new executor must.
 """
 
 from __future__ import annotations

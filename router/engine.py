@@ -315,7 +315,8 @@ class Engine:
             held.exchange.close()
 
     def _sequence(self, message: Submit) -> Sequence:
-        for token_id in message.prompt:
+        tokens = [*message.prompt, *message.generated]
+        for token_id in tokens:
             if not 0 <= token_id < self._vocab_size:
                 raise RequestError(
                     "prompt",
@@ -323,7 +324,7 @@ class Engine:
                 )
         return Sequence(
             request_id=message.request_id,
-            tokens=list(message.prompt),
+            tokens=tokens,
             num_prompt_tokens=len(message.prompt),
             max_tokens=message.max_tokens,
             sampling=Sampling(

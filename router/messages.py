@@ -108,6 +108,7 @@ class Submit:
         stop_token_ids: tokens that end the answer, with the model's own unless those are to be ignored.
         max_tokens: most tokens to generate, already bounded by max_seq_len.
         logprobs: alternatives per token, 0 for the chosen token alone, None for no log-probabilities.
+        generated: tokens of the answer that an earlier engine has given; they count as if this one had.
     """
 
     request_id: str
@@ -119,6 +120,7 @@ class Submit:
     max_tokens: int
     stop_token_ids: list[int]
     logprobs: int | None
+    generated: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

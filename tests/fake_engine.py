@@ -1,10 +1,11 @@
 """An engine without a model: `python -m tests.fake_engine --channel-fd N` speaks router.messages and counts.
 
-Token i of an answer is (prompt[0] + i) % 100 + 10. A prompt that begins with 1 is answered slowly, 2 ends the
-process, 3 loses ep_rank 0 once and 5 in every epoch before its second token, 4 is never answered. Without an
-epoch nothing is answered, unless it needs none. Tune is agreed to, unless micro_batches is one of the numbers
-below; what is committed with it must be the epoch it was told to hold. The number of steps it reports tells
-what is in force: 100 * ep_level + micro_batches.
+Token i of an answer is (prompt[0] + i) % 100 + 10. A prompt that begins with 1 is answered slowly, 2 ends
+the process after three tokens, unless another has given them, and 6 at once, 3 loses ep_rank 0 once and 5
+in every epoch before its second token, 4 is never answered. Without an epoch nothing is answered, unless it
+needs none. Tune is agreed to, unless micro_batches is one of the numbers below; what is committed with it
+must be the epoch it was told to hold. The number of steps it reports tells what is in force: 100 * ep_level
++ micro_batches.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from router.messages import (
     TuneRefused,
 )
 
-SLOW, DIES, LOSES, SILENT, LOSES_ALWAYS = 1, 2, 3, 4, 5
+SLOW, DIES, LOSES, SILENT, LOSES_ALWAYS, DIES_ALWAYS = 1, 2, 3, 4, 5, 6
 AGREES_AND_DIES, DIES_WHEN_ASKED, NEVER_AGREES, REFUSES = 5, 6, 7, 8
 """Values of micro_batches."""
 INT8_LAYERS = [1]
@@ -93,9 +94,9 @@ class FakeEngine:
             case Disconnect():
                 self.disconnect(message)
             case Submit():
-                if message.prompt[0] == DIES:
+                if message.prompt[0] == DIES_ALWAYS:
                     os._exit(3)
-                self.running[message.request_id] = (message, 0)
+                self.running[message.request_id] = (message, len(message.generated))
             case Abort():
                 self.running.pop(message.request_id, None)
                 self.report()
@@ -171,6 +172,8 @@ class FakeEngine:
                 continue
             if submit.prompt[0] == SLOW:
                 time.sleep(0.05)
+            if submit.prompt[0] == DIES and index == 3 and not submit.generated:
+                os._exit(3)
             token = token_at(submit.prompt, index)
             end = "stop" if token in submit.stop_token_ids else None
             end = end or ("length" if index + 1 >= submit.max_tokens else None)

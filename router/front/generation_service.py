@@ -61,7 +61,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             request.sampling.skip_special_tokens if request.sampling.HasField("skip_special_tokens") else True
         )
         try:
-            self._send(entry.submit)
+            if self._state.loaded is not None:
+                self._send(entry.submit)
+            # An engine that is yet to load gets everything that is open when it has.
             entry.submitted_s = time.monotonic()
             async for response in stream_answer(entry, self._tokenizer, skip):
                 yield response

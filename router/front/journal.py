@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from common.errors import ExpertMeshError, QueueFull, RequestError
@@ -155,6 +155,14 @@ class Journal:
         self._waiting.discard(entry.request_id)
         if not self._entries:
             self._empty.set()
+
+    def unfinished(self) -> list[Submit]:
+        """What an engine needs to go on with every answer that is open, oldest first."""
+        return [
+            replace(entry.submit, generated=list(entry.tokens))
+            for entry in self._entries.values()
+            if entry.end is None
+        ]
 
     async def wait_empty(self) -> None:
         """Return when no stream is open."""

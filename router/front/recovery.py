@@ -42,6 +42,11 @@ class Recovery:
         """Whether answers wait."""
         return self._timer is not None
 
+    @property
+    def is_engine_lost(self) -> bool:
+        """Whether it was the engine that was lost last, and with it all that it had computed."""
+        return self._reason == ENGINE_LOST
+
     def begin(self, why: str, reason: str) -> None:
         """Something was lost. A loss while answers wait for the end of another does not give them more time.
 

@@ -230,14 +230,13 @@ class Front:
         match message:
             case Tokens():
                 self.journal.take(message.events)
+                self.state.tokens_arrived()
             case Stats():
                 self.state.engine_stats(message)
             case Loading():
                 self.state.engine_loading(message)
             case Loaded():
-                self.state.engine_loaded(message)
-                if self.epochs is not None:
-                    self.epochs.wake()
+                self._engine_loaded(message)
             case Rejected():
                 error = NotReady(message.message, "REJECTED")
                 self.journal.finish([message.request_id], End(error=error))
@@ -249,6 +248,13 @@ class Front:
                 self.tuning.answered(message)
             case _:
                 self._about_links(message)
+
+    def _engine_loaded(self, message: Loaded) -> None:
+        self.state.engine_loaded(message)
+        for submit in self.journal.unfinished():  # of an engine that ended
+            self.engine.send(submit)
+        if self.epochs is not None:
+            self.epochs.wake()
 
     def _about_links(self, message: Any) -> None:
         if self.epochs is None:
@@ -287,8 +293,6 @@ class Front:
         self.tuning.engine_ended()
         if self.epochs is not None:
             self.epochs.engine_ended()
-        error = StreamLost(f"{why}; it is being started again", "ENGINE_LOST")
-        self.journal.finish_all(End(error=error))
 
     def _ready_changed(self, is_ready: bool) -> None:
         self._spawn(self._set_serving())
@@ -344,9 +348,9 @@ class Front:
         )
 
     def _limits(self) -> Limits:
-        if self.state.loaded is None:
+        if self.state.last_loaded is None:
             raise NotReady("the router is loading its weights")
-        max_seq_len = self.state.loaded.max_seq_len
+        max_seq_len = self.state.last_loaded.max_seq_len
         longest_prompt = max_seq_len - 1
         return Limits(
             vocab_size=self.model.vocab_size,
@@ -358,7 +362,7 @@ class Front:
         )
 
     def _describe(self) -> pb.GetModelInfoResponse:
-        limits = self._limits() if self.state.loaded is not None else None
+        limits = self._limits() if self.state.last_loaded is not None else None
         model = self.model
         return pb.GetModelInfoResponse(
             model_name=self.config.model_name,

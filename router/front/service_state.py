@@ -21,6 +21,7 @@ class ServiceState:
         needs_epoch: False where the experts are in the engine's process.
         recovery: whether answers wait for what was lost.
         num_streams: how many answers are open.
+        loaded, last_loaded: what the engine said of itself, and what the one before said while it is none.
         waiting_for: one sentence on what the next epoch waits for.
     """
 
@@ -30,6 +31,7 @@ class ServiceState:
     engine_state: str = LOADING
     loading: Loading | None = None
     loaded: Loaded | None = None
+    last_loaded: Loaded | None = None
     stats: Stats | None = None
     epoch: int = 0
     is_linked: bool = False
@@ -88,7 +90,8 @@ class ServiceState:
 
     def engine_loaded(self, message: Loaded) -> None:
         """The engine has all its weights."""
-        self.loaded, self.engine_state = message, READY
+        self.loaded = self.last_loaded = message
+        self.engine_state = READY
         self.announce()
 
     def engine_stats(self, message: Stats) -> None:
@@ -103,6 +106,12 @@ class ServiceState:
         self.engine_state, self.is_linked = RESTARTING, False
         self.recovery.begin(why, ENGINE_LOST)
         self.announce()
+
+    def tokens_arrived(self) -> None:
+        """The engine has given tokens."""
+        # They may be of a step that was computed before what was lost was noticed.
+        if not self._obstacle:
+            self.recovery.settled()
 
     def epoch_begun(self, epoch: int) -> None:
         """All links of an epoch are up."""
@@ -143,8 +152,8 @@ class ServiceState:
         stats = self.stats
         if stats is None or self._obstacle or (self.needs_epoch and stats.epoch != self.epoch):
             return
-        # An engine that was started again may not have heard of the answers yet.
-        if stats.num_steps > 0 or self.num_streams() == 0:
+        # An engine that was started again computes what it had computed before; only a token is progress.
+        if not self.recovery.is_engine_lost or self.num_streams() == 0:
             self.recovery.settled()
 
     async def wait_changed(self, timeout_s: float) -> None:

@@ -32,16 +32,6 @@ def reason_of(error: grpc.RpcError) -> str:
 
 
 @pytest.mark.e2e
-def test_an_engine_that_dies_is_started_again(v3_model: Path) -> None:
-    with fleet_of(v3_model, "--expert-workers", "2") as fleet:
-        before = generate(fleet, PROMPT, **SHORT)
-        fleet.engine().kill()
-        fleet.wait_until(lambda status: not status.ready)
-        fleet.wait_until(lambda status: status.ready)
-        assert generate(fleet, PROMPT, **SHORT) == before
-
-
-@pytest.mark.e2e
 def test_when_a_worker_stays_away_streams_end_with_its_name_and_later_requests_are_refused(
     v3_model: Path,
 ) -> None:

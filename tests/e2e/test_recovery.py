@@ -1,4 +1,4 @@
-"""Workers that are lost at any moment: every stream goes on with the tokens it would have had."""
+"""Workers and engines that are lost at any moment: every stream goes on with the tokens it would have had."""
 
 from __future__ import annotations
 
@@ -76,6 +76,10 @@ def kill_another_meanwhile(fleet: Fleet, chance: random.Random) -> None:
     second.kill()
 
 
+def kill_the_engine(fleet: Fleet, chance: random.Random) -> None:
+    fleet.engine().kill()
+
+
 def reload_meanwhile(fleet: Fleet, chance: random.Random) -> None:
     kill_one(fleet, chance)
     fleet.wait_until(is_recovering)
@@ -87,7 +91,7 @@ def reload_meanwhile(fleet: Fleet, chance: random.Random) -> None:
 FLEETS: dict[str, tuple[int, int, dict[str, str], list[Harm]]] = {
     "AllGather, shared memory": (
         *(2, 1, {"EXPERTMESH_SAME_HOST_TRANSPORT": "sharedMemory"}),
-        [kill_one, stop_one, kill_all, kill_an_agent, reload_meanwhile],
+        [kill_one, stop_one, kill_all, kill_an_agent, kill_the_engine, reload_meanwhile],
     ),
     "AllToAll, links": (
         *(2, 2, {"EXPERTMESH_SAME_HOST_TRANSPORT": "links"}),
@@ -95,6 +99,7 @@ FLEETS: dict[str, tuple[int, int, dict[str, str], list[Harm]]] = {
     ),
     "AllToAll, three workers, micro-batches": (3, 2, {"EXPERTMESH_MICRO_BATCHES": "2"}, [kill_one, kill_one]),
     "collective": (2, 2, {"EXPERTMESH_EXCHANGE": "collective"}, [kill_one]),
+    "no workers": (0, 1, {}, [kill_the_engine, kill_the_engine]),
 }
 """Workers, level, how rows travel, and what happens to them one after the other."""
 
@@ -115,7 +120,7 @@ def endure(fleet: Fleet, harm: Harm, chance: random.Random, expected: list[Answe
         harm(fleet, chance)
         assert [answer.result(60) for answer in answers] == expected
     after = fleet.wait_until(lambda status: status.ready and status.recoveries > before.recoveries)
-    assert after.epoch > before.epoch
+    assert after.epoch > before.epoch or not after.workers
     assert after.recovery_seconds > 0
     fleet.wait_until(lambda status: status.kv_blocks_used == 0)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -160,6 +160,30 @@ def test_a_configuration_that_changes_before_the_replay_changes_no_event(change:
     exchange = adopt(bench, 2)
     assert bench.run() == undisturbed(submits, bench.scheduler.limits)
     assert {one.ep_level for one in exchange.headers} == {1}
+
+
+@settings(max_examples=40, deadline=None)
+@given(submits=requests, num_steps=st.integers(1, 30), max_prefill_tokens=st.integers(1, 40))
+def test_another_engine_goes_on_with_the_answers_of_one_that_died(
+    submits: list[Submit], num_steps: int, max_prefill_tokens: int
+) -> None:
+    limits = Limits(37, 4, 3, max_prefill_tokens, max_seq_len=100)
+    dead, heir = Bench(limits), Bench(limits)
+    for bench in (dead, heir):
+        bench.adopt()
+    for submit in submits:
+        dead.engine.submit(submit)
+    for _ in range(num_steps):
+        dead.engine.step()
+    events = dead.events()
+    for submit in submits:
+        given = events.setdefault(submit.request_id, [])
+        if not given or given[-1]["fin"] is None:
+            heir.engine.submit(replace(submit, generated=[event["token"] for event in given]))
+    for name, rest in heir.run().items():
+        events[name] += rest
+    assert events == undisturbed(submits, limits)
+    assert heir.scheduler.num_blocks_used == 0
 
 
 def test_choices_of_a_step_that_is_computed_again_count_once() -> None:

@@ -14,7 +14,7 @@ from google.rpc import error_details_pb2
 
 from protos import generation_pb2 as pb
 from tests.fake_agent import FakeAgent
-from tests.fake_engine import LOSES, LOSES_ALWAYS
+from tests.fake_engine import DIES, DIES_ALWAYS, LOSES, LOSES_ALWAYS, SLOW
 from tests.router.front_fleet import Running, front_config, request_of, running_front, tokens_of
 from tests.router.reloading import reload, with_own
 from tests.router.test_front_streams import detail_of
@@ -179,3 +179,36 @@ async def test_draining_while_answers_wait_ends(tmp_path: Path) -> None:
         error = await failure(stream)
         assert error.code() is grpc.StatusCode.UNAVAILABLE
         assert detail_of(error, error_details_pb2.ErrorInfo).reason == "DRAINING"
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+async def test_a_stream_goes_on_with_its_next_token_when_the_engine_dies(
+    tmp_path: Path, num_workers: int
+) -> None:
+    async with running_front(front_config(tmp_path, num_workers)) as running:
+        for _ in range(num_workers):
+            await running.add_agent("a")
+        await running.until_ready()
+        dies = asyncio.create_task(tokens_of(running, request_of([DIES], max_tokens=6, logprobs=0)))
+        slow = asyncio.create_task(tokens_of(running, request_of([SLOW], max_tokens=6)))
+        reason = (await running.until(lambda status: not status.ready)).not_ready_reason
+        for words in ("recovering: the router's engine ended with status 3", "2 streams wait"):
+            assert words in reason
+        # It has not loaded yet, and knows of nobody: who comes now is queued with the others.
+        queued = asyncio.create_task(tokens_of(running, request_of([20], max_tokens=3)))
+        assert await dies == [12, 13, 14, 15, 16, 17]
+        assert await slow == [11, 12, 13, 14, 15, 16]
+        assert await queued == [30, 31, 32]
+        status = await running.status()
+        assert (status.ready, status.recoveries, status.num_requests_running) == (True, 1, 0)
+
+
+async def test_a_request_that_ends_every_engine_does_not_wait_forever(tmp_path: Path) -> None:
+    async with running_front(front_config(tmp_path, 0, recoveryTimeoutSeconds=2)) as running:
+        await running.until_ready()
+        error = await failure(asyncio.create_task(tokens_of(running, request_of([DIES_ALWAYS]))))
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+        assert detail_of(error, error_details_pb2.ErrorInfo).reason == "ENGINE_LOST"
+        assert "the router's engine ended with status 3" in str(error.details())
+        await running.until_ready()
+        assert await tokens_of(running, request_of([20], max_tokens=2)) == [30, 31]

@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from protos import generation_pb2 as pb
-from tests.fake_engine import DIES, SILENT, SLOW, token_at
+from tests.fake_engine import SILENT, SLOW, token_at
 from tests.router.front_fleet import VOCAB_SIZE, Running, front_config, request_of, running_front
 
 pytestmark = pytest.mark.asyncio
@@ -197,20 +197,6 @@ async def test_a_full_queue_says_when_to_try_again(tmp_path: Path) -> None:
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert detail_of(error, error_details_pb2.RetryInfo).retry_delay.seconds >= 1
         first.cancel()
-
-
-async def test_streams_end_unavailable_when_the_engine_dies_and_the_next_engine_serves(
-    tmp_path: Path,
-) -> None:
-    async with running_front(front_config(tmp_path, 0)) as running:
-        await running.until_ready()
-        error = await refusal(running, request_of([DIES]))
-        assert error.code() is grpc.StatusCode.UNAVAILABLE
-        assert detail_of(error, error_details_pb2.ErrorInfo).reason == "ENGINE_LOST"
-        error = await refusal(running, request_of([20]))
-        assert error.code() is grpc.StatusCode.UNAVAILABLE
-        await running.until_ready()
-        assert (await answer(running, request_of([20], max_tokens=2)))[-1].HasField("finished")
 
 
 async def test_an_engine_that_is_killed_is_started_again(tmp_path: Path) -> None:
