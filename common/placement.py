@@ -29,6 +29,20 @@ class Placement:
         """The experts that worker `ep_rank` holds: layer_id -> checkpoint indices."""
         return {layer_id: owners[ep_rank] for layer_id, owners in self.layers.items()}
 
+    def of_ranks(self, ep_ranks: Iterable[int]) -> Placement:
+        """What is left of it with these workers alone, in this order."""
+        ranks = tuple(ep_ranks)
+        return Placement(
+            {layer_id: tuple(owners[rank] for rank in ranks) for layer_id, owners in self.layers.items()}
+        )
+
+    def covers(self, other: Placement) -> bool:
+        """Whether somebody holds every expert that somebody holds in another one of the same layers."""
+        return all(
+            set().union(*owners) <= set().union(*self.layers[layer_id])
+            for layer_id, owners in other.layers.items()
+        )
+
     def replicas_of(self, layer_id: int) -> dict[int, tuple[int, ...]]:
         """The workers that hold each expert of a layer: checkpoint index -> ep_ranks, ascending."""
         found: dict[int, tuple[int, ...]] = {}

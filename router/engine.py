@@ -43,7 +43,7 @@ class Membership:
         step_times: per ep_rank [receive_s, compute_s, reply_s] of the last step.
         set_deadline_floor: give the workers another shortest time to answer from the next rows on.
         transports: per ep_rank, what carries its rows, and why.
-        waits_for_commit: it is held until a CommitTune names it.
+        waits_for_commit: it is held until it is to be taken up.
     """
 
     epoch: int
@@ -116,7 +116,7 @@ class Engine:
             previous.exchange.close()
 
     def hold(self, membership: Membership) -> None:
-        """Have an epoch ready for `commit`, while the one in force goes on."""
+        """Have an epoch ready to be taken up, while the one in force goes on."""
         self._let_go_of_held()
         self._held = membership
 
@@ -137,8 +137,6 @@ class Engine:
     def commit(self, tune_id: int, epoch: int = 0) -> None:
         """Run steps as the last Tune said, from the next one on, with the epoch that is held for it.
 
-        The front may have learnt of a loss only after it had said this: it is told again, of this epoch.
-
         Args:
             tune_id: of the Tune.
             epoch: of what is held; 0: the epoch in force goes on.
@@ -156,11 +154,18 @@ class Engine:
             max_prefill_tokens=tune.max_prefill_tokens,
         )
         self._deadline_floor_s = tune.deadline_floor_s
+        if epoch != 0:
+            self.take_up(epoch)
+        elif self._membership is not None:
+            self._membership.set_deadline_floor(tune.deadline_floor_s)
+
+    def take_up(self, epoch: int) -> None:
+        """Go on with the epoch that is held.
+
+        The front may have learnt of a loss only after it had said this: it is told again, of this epoch.
+        """
         held = self._held
-        if epoch == 0:
-            if self._membership is not None:
-                self._membership.set_deadline_floor(tune.deadline_floor_s)
-        elif held is not None and held.epoch == epoch:
+        if held is not None and held.epoch == epoch:
             self._held = None
             self.adopt(held)
         else:

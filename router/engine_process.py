@@ -37,6 +37,7 @@ from router.messages import (
     LinkFailed,
     Progress,
     Submit,
+    TakeUp,
     Tune,
 )
 from router.progress_inquiry import ProgressInquiry
@@ -109,6 +110,8 @@ class EngineProcess:
                 engine.tune(message)
             case CommitTune():
                 engine.commit(message.tune_id, message.epoch)
+            case TakeUp():
+                engine.take_up(message.epoch)
             case AskLoads():
                 engine.report_loads(message)
             case Abort():

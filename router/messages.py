@@ -79,7 +79,7 @@ class Connect:
     """Join the links of an epoch, beside the running ones. Answered by Linked or LinkFailed.
 
     Attributes:
-        waits_for_commit: hold the epoch until a CommitTune names it; else the next step's header commits it.
+        waits_for_commit: hold the epoch until CommitTune or TakeUp; else the next step's header commits it.
         members: one per ep_rank: {"ep_rank", "worker" (its name), "incarnation", "prefix" (of the link)}
         layers: [[layer_id, [experts of ep_rank 0], [experts of ep_rank 1], ...], ...].
         timeout_s: how long to wait for each worker at its link's address.
@@ -136,6 +136,13 @@ class CommitTune:
 
 
 @dataclass(frozen=True, slots=True)
+class TakeUp:
+    """From the next step on, the epoch that is held. What a step is doing is not disturbed."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class Abort:
     """Forget a request and free its blocks at the next step. Unknown ids are ignored."""
 
@@ -188,7 +195,7 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Linked:
-    """All links of the epoch are up; the next step's header commits it, unless it waits for CommitTune.
+    """All links of the epoch are up; the next step's header commits it, unless it is held.
 
     Attributes:
         transports: per ep_rank, what carries its rows, and why.
@@ -295,7 +302,7 @@ class Stats:
 
 
 TO_ENGINE = by_name(
-    Configure, Connect, Disconnect, Submit, Tune, CommitTune, Abort, AskLoads, Progress, Shutdown
+    Configure, Connect, Disconnect, Submit, Tune, CommitTune, TakeUp, Abort, AskLoads, Progress, Shutdown
 )
 TO_FRONT = by_name(
     *(

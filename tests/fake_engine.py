@@ -30,6 +30,7 @@ from router.messages import (
     Lost,
     Stats,
     Submit,
+    TakeUp,
     Tokens,
     Tune,
     Tuned,
@@ -102,6 +103,8 @@ class FakeEngine:
                 self.report()
             case Tune():
                 self.consider(message)
+            case TakeUp():
+                self.take_up(message.epoch)
             case _:
                 self.commit(message)
 
@@ -125,8 +128,14 @@ class FakeEngine:
             os._exit(4)
         if self.proposed.tune_id != message.tune_id or message.epoch != self.held:
             os._exit(4)
-        self.epoch, self.held = self.held or self.epoch, 0
+        self.take_up(message.epoch or self.epoch)
         self.put_in_force(self.proposed)
+
+    def take_up(self, epoch: int) -> None:
+        if epoch not in (self.held, self.epoch):
+            os._exit(4)
+        self.epoch, self.held = epoch, 0
+        self.report()
 
     def consider(self, message: Tune) -> None:
         self.proposed = message

@@ -12,7 +12,8 @@ from common.errors import ControlError
 from common.placement import Placement
 from protos import fleet_pb2 as pb
 from router.front.agent_link import AgentLink
-from router.front.fleet import Worker
+from router.front.epoch_plan import Seating
+from router.front.fleet import SERVING, Worker
 from router.front.preparation import Preparation
 from router.messages import Connect, Disconnect, Linked, LinkFailed, Loaded
 
@@ -22,7 +23,7 @@ ENGINE_LINK_TIMEOUT_S = 20.0
 LINK_SLACK_S = 5.0
 """How much longer the links may take than the engine waits for each."""
 BESIDE_TIMEOUT_S = 10.0
-"""What each part may take while another epoch is in force: its members have all weights already."""
+"""What each part may take where all members serve another epoch: they have all weights already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,7 @@ class EpochFacts:
     """What is the same in every epoch of this router.
 
     Attributes:
+        placement: of the whole group.
         buffer_bytes: what a worker needs beside its weights with a configuration.
     """
 
@@ -62,6 +64,7 @@ class EpochAttempt:
 
     Attributes:
         epoch: its number.
+        seating: who holds what.
         members: by ep_rank.
         config: what they prepare for.
         failure: why it is over; empty while it is not.
@@ -72,13 +75,15 @@ class EpochAttempt:
         self,
         facts: EpochFacts,
         epoch: int,
+        seating: Seating,
         members: list[Worker],
         config: Config,
         reach: Reach,
         is_beside: bool,
     ) -> None:
-        """Plan it; `is_beside`: the same members serve another epoch, and the engine waits for CommitTune."""
+        """Plan it; `is_beside`: another epoch is in force, and the engine holds this one until it is told."""
         self.epoch = epoch
+        self.seating = seating
         self.members = members
         self.config = config
         self.failure = ""
@@ -86,6 +91,7 @@ class EpochAttempt:
         self._facts = facts
         self._reach = reach
         self._is_beside = is_beside
+        self._all_serve = all(worker.state == SERVING for worker in members)
         self._task: asyncio.Task[None] | None = None
         self._linked: asyncio.Future[None] | None = None
         self._has_connected = False
@@ -143,16 +149,16 @@ class EpochAttempt:
         prefixes = self._prefixes()
         preparations = [
             Preparation(
-                self._reach.agent_of(worker),
-                self._request(worker, loaded, prefix),
+                self._reach.agent_of(self.members[ep_rank]),
+                self._request(ep_rank, loaded, prefix),
                 self._reach.on_change,
-                is_shown=not self._is_beside,
+                is_shown=self.members[ep_rank].state != SERVING,
             )
-            for worker, prefix in zip(self.members, prefixes, strict=True)
+            for ep_rank, prefix in enumerate(prefixes)
         ]
         try:
             have_loaded = {_name(one): one.loaded for one in preparations}
-            await self._all(have_loaded, "had not prepared", BESIDE_TIMEOUT_S if self._is_beside else None)
+            await self._all(have_loaded, "had not prepared", BESIDE_TIMEOUT_S if self._all_serve else None)
             self._linked = asyncio.get_running_loop().create_future()
             self._has_connected = True
             self._reach.send(self._connect(prefixes))
@@ -181,17 +187,17 @@ class EpochAttempt:
 
     @property
     def _link_timeout_s(self) -> float:
-        return BESIDE_TIMEOUT_S if self._is_beside else ENGINE_LINK_TIMEOUT_S
+        return BESIDE_TIMEOUT_S if self._all_serve else ENGINE_LINK_TIMEOUT_S
 
-    def _request(self, worker: Worker, loaded: Loaded, prefix: str) -> pb.PrepareEpochRequest:
-        facts = self._facts
-        experts = facts.placement.experts_of(worker.ep_rank)
+    def _request(self, ep_rank: int, loaded: Loaded, prefix: str) -> pb.PrepareEpochRequest:
+        facts, placement = self._facts, self.seating.placement
+        experts = placement.experts_of(ep_rank)
         return pb.PrepareEpochRequest(
             term=facts.term,
-            incarnation=worker.incarnation,
+            incarnation=self.members[ep_rank].incarnation,
             epoch=self.epoch,
-            ep_rank=worker.ep_rank,
-            ep_size=facts.placement.ep_size,
+            ep_rank=ep_rank,
+            ep_size=placement.ep_size,
             model_path=facts.model_path,
             dtype=facts.dtype,
             layers=[
@@ -202,10 +208,11 @@ class EpochAttempt:
                 host=loaded.store_host,
                 port=loaded.store_port,
                 prefix=prefix,
-                timeout_s=BESIDE_TIMEOUT_S if self._is_beside else WORKER_LINK_TIMEOUT_S,
+                timeout_s=BESIDE_TIMEOUT_S if self._all_serve else WORKER_LINK_TIMEOUT_S,
                 exchange=facts.exchange,
             ),
-            buffer_bytes=facts.buffer_bytes(self.config),
+            # Fewer workers get more rows each.
+            buffer_bytes=facts.buffer_bytes(self.config.model_copy(update={"moe_ep": placement.ep_size})),
             ep_level=self.config.ep_level,
         )
 
@@ -219,16 +226,16 @@ class EpochAttempt:
             epoch=self.epoch,
             members=[
                 {
-                    "ep_rank": worker.ep_rank,
+                    "ep_rank": ep_rank,
                     "worker": worker.worker_id,
                     "incarnation": worker.incarnation,
                     "prefix": prefix,
                 }
-                for worker, prefix in zip(self.members, prefixes, strict=True)
+                for ep_rank, (worker, prefix) in enumerate(zip(self.members, prefixes, strict=True))
             ],
             layers=[
                 [layer_id, *(list(owned) for owned in owners)]
-                for layer_id, owners in self._facts.placement.layers.items()
+                for layer_id, owners in self.seating.placement.layers.items()
             ],
             timeout_s=self._link_timeout_s,
             waits_for_commit=self._is_beside,

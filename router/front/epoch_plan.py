@@ -6,10 +6,26 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from common.placement import Placement
 from common.rank_table import RankTable
 
 MOST_NAMED = 4
 """Ranks that a sentence names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seating:
+    """Who the members of an epoch are, and what each of them holds.
+
+    Attributes:
+        members: worker_ids by ep_rank.
+        ranks: by ep_rank, the rank in the whole group.
+        placement: of the members.
+    """
+
+    members: tuple[str, ...]
+    ranks: tuple[int, ...]
+    placement: Placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +71,31 @@ def place_workers(
         if (rank := next(free, None)) is not None:
             places[rank] = candidate.worker_id
     return places
+
+
+def seat_all(places: Mapping[int, str], placement: Placement) -> Seating | None:
+    """The members of an epoch of the whole group; None while a rank has no worker."""
+    if len(places) < placement.ep_size:
+        return None
+    ranks = tuple(range(placement.ep_size))
+    return Seating(tuple(places[rank] for rank in ranks), ranks, placement)
+
+
+def seat_survivors(
+    places: Mapping[int, str], holders: Mapping[str, int], placement: Placement
+) -> Seating | None:
+    """The members of an epoch of those who need not load; None where nobody of them holds some expert.
+
+    Args:
+        places: ep_rank -> worker_id, of the workers that are alive.
+        holders: the rank of the whole group whose experts a worker has in memory.
+        placement: of the whole group.
+    """
+    ranks = tuple(sorted(rank for rank, name in places.items() if holders.get(name) == rank))
+    left = placement.of_ranks(ranks)
+    if not ranks or not left.covers(placement):
+        return None
+    return Seating(tuple(places[rank] for rank in ranks), ranks, left)
 
 
 def missing_sentence(places: Mapping[int, str], world_size: int, table: RankTable | None) -> str:

@@ -1,23 +1,33 @@
 """Epochs: the one path by which the fleet changes; start-up, a loss, a return and a reload end in the next.
 
 PrepareEpoch on all members, Connect to the engine when all have loaded, Linked: the next step commits it.
-What a reload asks for is prepared beside the epoch in force, and waits for CommitTune.
+What a reload asks for is prepared beside the epoch in force, and so is the return of a worker that the others
+did not have to wait for, since they hold all experts; the engine holds such an epoch until it is told.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 
 from common.config import Config
 from common.errors import ConfigError, ControlError, EpochRefused
+from common.placement import Placement
 from router.front.allowance import Allowance
 from router.front.epoch_attempt import EpochAttempt, EpochFacts, Reach
-from router.front.epoch_plan import Candidate, missing_sentence, place_workers
-from router.front.fleet import LOST, SERVING, Fleet, Worker
+from router.front.epoch_plan import (
+    Candidate,
+    Seating,
+    missing_sentence,
+    place_workers,
+    seat_all,
+    seat_survivors,
+)
+from router.front.fleet import LOST, REGISTERED, SERVING, Fleet, Worker
 from router.front.service_state import ServiceState
-from router.messages import Disconnect, Linked, LinkFailed
+from router.messages import Disconnect, Linked, LinkFailed, TakeUp
 
 logger = logging.getLogger(__name__)
 
@@ -48,30 +58,48 @@ class Epochs:
         self._allowance = allowance
         self._last_epoch = 0
         self._wake = asyncio.Event()
+        self._urgent = asyncio.Event()
         self._attempt: EpochAttempt | None = None
         self._beside: EpochAttempt | None = None
         self._members: list[Worker] = []
+        self._seating: Seating | None = None
+        self._holders: dict[str, tuple[Worker, int]] = {}
+        self._survivors_failed = False
 
     def wake(self) -> None:
         """Something changed: look again whether an epoch can be prepared."""
         self._wake.set()
 
+    def wake_at_once(self) -> None:
+        """Somebody came or was lost: what failed before may succeed now."""
+        self._urgent.set()
+        self._wake.set()
+
     def is_member(self, worker: Worker) -> bool:
-        """Whether this start of this worker is in the epoch that is prepared or in force."""
-        return any(member is worker for member in self._members)
+        """Whether this start of this worker is in an epoch that is prepared or in force."""
+        groups = [self._members, *(attempt.members for attempt in self._attempts)]
+        return any(member is worker for group in groups for member in group)
 
     @property
     def members(self) -> list[Worker]:
         """The members of the epoch that is prepared or in force, by ep_rank; none without one."""
         return list(self._members)
 
+    @property
+    def placement(self) -> Placement:
+        """Who holds what in the epoch that is prepared or in force; without one, of the whole group."""
+        return self._facts.placement if self._seating is None else self._seating.placement
+
     def worker_lost(self, worker: Worker, reason: str) -> None:
         """A worker is gone, or started anew: an epoch with it is over."""
         logger.warning("expert worker %s (ep_rank %d): %s", worker.worker_id, worker.ep_rank, reason)
         worker.state = LOST
-        if self.is_member(worker):
-            self._give_up(f"expert worker {worker.worker_id} was lost: {reason}", tell_engine=True)
-        self.wake()
+        why = f"expert worker {worker.worker_id} was lost: {reason}"
+        if any(member is worker for member in self._members):
+            self._give_up(why, tell_engine=True)
+        elif self._beside is not None and self.is_member(worker):
+            self._beside.fail(why)
+        self.wake_at_once()
 
     def has_ranks_of(self, epoch: int) -> bool:
         """Whether the ranks that workers have now are those of an epoch."""
@@ -113,7 +141,8 @@ class Epochs:
         Raises:
             ControlError: one of them does not answer.
         """
-        return await self._ask(self._members or self._fleet.named(self._next_members() or ()), config)
+        seating = self._next_seating()
+        return await self._ask(self._members or self._fleet.named(seating.members if seating else ()), config)
 
     async def prepare_beside(self, config: Config) -> EpochAttempt | None:
         """Have the members of the epoch in force prepare the next, for another configuration, beside it.
@@ -125,9 +154,11 @@ class Epochs:
             EpochRefused: a member cannot do what is asked for.
             ControlError: a member or the engine died, or was late.
         """
-        if not self._state.is_linked:
+        if not self._state.is_linked or self._seating is None:
             return None
-        attempt = self._beside = self._next_attempt(self._members, config, is_beside=True)
+        if self._beside is not None:
+            self._beside.fail("a reload was asked for meanwhile")
+        attempt = self._beside = self._next_attempt(self._seating, self._members, config, is_beside=True)
         try:
             await self._get_ready(attempt)
         except BaseException:
@@ -160,6 +191,7 @@ class Epochs:
         if attempt is not None:
             self._beside = None
             self._begin(attempt)
+            self.wake()  # somebody may wait to join it
         elif self._attempt is not None:
             self._attempt.fail("the configuration has changed meanwhile")
 
@@ -168,6 +200,7 @@ class Epochs:
         if attempt is not None:
             self._beside = None
             attempt.fail("the reload was given up")
+            self.wake()
 
     async def run(self) -> None:
         """Prepare epochs for as long as the router lives.
@@ -185,21 +218,25 @@ class Epochs:
                 continue
             logger.warning("the next epoch was not reached: %s", why)
             self._state.wait_for(f"the next epoch was not reached and is tried again: {why}")
-            await asyncio.sleep(delay_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay_s):
+                    await self._urgent.wait()
             delay_s = min(2 * delay_s, LONGEST_RETRY_DELAY_S)
             self._wake.set()
 
     async def _go_on(self) -> str:
         """Prepare an epoch if one is needed and possible; return why it was not reached, or nothing."""
-        in_force = tuple(worker.worker_id for worker in self._members) if self._state.is_linked else None
-        members = in_force or self._next_members()
-        if members is None:
+        self._urgent.clear()
+        seating = self._seating if self._state.is_linked else self._next_seating()
+        if seating is None:
             return ""
-        if why := await self._refusal(self._fleet.named(members)):
+        if why := await self._refusal(self._fleet.named(seating.members)):
             return why
-        if self._state.is_linked or self._state.loaded is None or members != self._next_members():
+        if self._state.is_linked:
+            return await self._grow()
+        if self._state.loaded is None or seating != self._next_seating():
             return ""
-        return await self._try(members)
+        return await self._try(seating)
 
     async def _refusal(self, members: list[Worker]) -> str:
         """Why these must not form an epoch, or go on with one; asked before anybody loads anything for it."""
@@ -215,26 +252,58 @@ class Epochs:
             return str(error)
         return ""
 
-    def _next_members(self) -> tuple[str, ...] | None:
-        """The members of the next epoch, where one is possible now."""
+    def _places(self) -> dict[int, str]:
+        """Who could have which rank now."""
         alive = [worker for worker in self._fleet.workers.values() if worker.is_alive]
         candidates = [Candidate(worker.worker_id, worker.order, worker.seats) for worker in alive]
-        size = self._facts.world_size
-        places = place_workers(candidates, self._fleet.ranks, size)
-        if len(places) < size:
-            self._state.wait_for(missing_sentence(places, size, self._fleet.table))
-            return None
-        return tuple(places[rank] for rank in range(size))
+        return place_workers(candidates, self._fleet.ranks, self._facts.world_size)
 
-    async def _try(self, members: tuple[str, ...]) -> str:
+    def _next_seating(self) -> Seating | None:
+        """The members of the next epoch, where one is possible now; after a loss, those who need not load."""
+        places, placement = self._places(), self._facts.placement
+        whole = seat_all(places, placement)
+        holders = {name: rank for name, (worker, rank) in self._holders.items() if self._fleet.has([worker])}
+        survivors = None if self._fleet.table is not None else seat_survivors(places, holders, placement)
+        if survivors is not None and not (whole is not None and self._survivors_failed):
+            return survivors
+        if whole is None:
+            self._state.wait_for(missing_sentence(places, placement.ep_size, self._fleet.table))
+        return whole
+
+    async def _grow(self) -> str:
+        """Take in those whom the epoch in force did not wait for; return why not, or nothing."""
+        if self._beside is not None or len(self._members) == self._facts.world_size:
+            return ""
+        seating = seat_all(self._places(), self._facts.placement)
+        if seating is None:
+            return ""
+        members = self._fleet.named(seating.members)
+        newcomers = [worker for worker in members if worker not in self._members]
+        attempt = self._beside = self._next_attempt(seating, members, self._config(), is_beside=True)
+        try:
+            await self._get_ready(attempt)
+        except ControlError as error:
+            for worker in newcomers:
+                worker.state = REGISTERED if worker.is_alive else worker.state
+            return str(error)
+        finally:
+            if self._beside is attempt:
+                self._beside = None
+        self._fleet.assign(seating.members, seating.ranks)
+        self._begin(attempt)
+        self._reach.send(TakeUp(attempt.epoch))
+        return ""
+
+    async def _try(self, seating: Seating) -> str:
         """Prepare one epoch; return why it was not reached, or nothing."""
-        self._members = self._fleet.assign(members)
-        attempt = self._attempt = self._next_attempt(self._members, self._config(), is_beside=False)
+        self._members, self._seating = self._fleet.assign(seating.members, seating.ranks), seating
+        attempt = self._attempt = self._next_attempt(seating, self._members, self._config(), is_beside=False)
         self._state.wait_for(f"epoch {attempt.epoch} is being prepared on {attempt.names}")
         try:
             await self._get_ready(attempt)
         except Exception as error:
-            self._members = []
+            self._members, self._seating = [], None
+            self._survivors_failed = True
             if not isinstance(error, ControlError):
                 logger.error("preparing epoch %d failed", attempt.epoch, exc_info=error)
             return str(error)
@@ -248,9 +317,11 @@ class Epochs:
         """What is under way."""
         return [attempt for attempt in (self._attempt, self._beside) if attempt is not None]
 
-    def _next_attempt(self, members: list[Worker], config: Config, is_beside: bool) -> EpochAttempt:
+    def _next_attempt(
+        self, seating: Seating, members: list[Worker], config: Config, is_beside: bool
+    ) -> EpochAttempt:
         self._last_epoch += 1
-        return EpochAttempt(self._facts, self._last_epoch, members, config, self._reach, is_beside)
+        return EpochAttempt(self._facts, self._last_epoch, seating, members, config, self._reach, is_beside)
 
     async def _ask(self, workers: list[Worker], config: Config) -> dict[str, str]:
         """Why workers would refuse an epoch, for those who would. Raises ControlError."""
@@ -270,6 +341,9 @@ class Epochs:
 
     def _begin(self, attempt: EpochAttempt) -> None:
         """The next step's header commits an epoch."""
+        self._members, self._seating, self._survivors_failed = attempt.members, attempt.seating, False
+        for worker, rank in zip(attempt.members, attempt.seating.ranks, strict=True):
+            self._holders[worker.worker_id] = worker, rank
         for worker, transport in zip(attempt.members, attempt.transports, strict=False):
             if worker.transport != transport:
                 logger.info("rows of expert worker %s travel by %s", worker.worker_id, transport)
@@ -287,4 +361,4 @@ class Epochs:
             if tell_engine:
                 self._reach.send(Disconnect(self._state.epoch, reason))
             self._state.epoch_over(reason)
-        self._members = []
+        self._members, self._seating = [], None

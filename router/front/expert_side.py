@@ -49,11 +49,7 @@ class RouterFacts:
 
 
 class ExpertSide:
-    """Everything that a router with expert workers has, and one without them has not.
-
-    Attributes:
-        coverage: the placement's share of experts that survive any one loss.
-    """
+    """Everything that a router with expert workers has, and one without them has not."""
 
     def __init__(
         self,
@@ -79,10 +75,10 @@ class ExpertSide:
         """
         at_start = config()
         placement = _placement(at_start, facts.model)
-        layers = ExpertLoads(dict.fromkeys(placement.layers, (0,) * facts.model.n_routed_experts))
-        coverage = coverage_of(placement, layers)
-        logger.info("placement: %s", coverage)
-        self.coverage = coverage.experts
+        self._no_loads = ExpertLoads(dict.fromkeys(placement.layers, (0,) * facts.model.n_routed_experts))
+        self._covered = placement
+        self._coverage = coverage_of(placement, self._no_loads)
+        logger.info("placement: %s", self._coverage)
         self.heartbeats = Heartbeats(fleet, facts.term, token, state.announce)
         data_address = own_address(at_start.data_address)
         host = data_address if at_start.fleet_host in WILDCARDS else own_address(at_start.fleet_host)
@@ -106,6 +102,14 @@ class ExpertSide:
         )
         self.heartbeats.epochs = self.epochs
         self.service = FleetService(facts.term, fleet, self.heartbeats, self.epochs, state)
+
+    @property
+    def coverage(self) -> float:
+        """The share of experts that survive any one loss from now on."""
+        if self._covered is not self.epochs.placement:
+            self._covered = self.epochs.placement
+            self._coverage = coverage_of(self._covered, self._no_loads)
+        return self._coverage.experts
 
     async def check_reload(self, after: Effective) -> None:
         """Let the epoch that is prepared or in force go on with another configuration.

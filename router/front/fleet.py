@@ -99,15 +99,20 @@ class Fleet:
         self.workers[worker.worker_id] = worker
         return worker, True
 
-    def assign(self, members: tuple[str, ...]) -> list[Worker]:
-        """Give ranks to the members of the next epoch, and remember them for workers that return."""
+    def assign(self, members: tuple[str, ...], ranks: tuple[int, ...]) -> list[Worker]:
+        """Number the members of the next epoch, and remember their ranks for workers that return.
+
+        Args:
+            members: worker_ids by ep_rank.
+            ranks: by ep_rank, the rank in the whole group.
+        """
         for worker in self.workers.values():
             worker.ep_rank = -1
             if worker.state in (SERVING, READY, LOADING):
                 worker.state = REGISTERED
-        self.ranks = {name: rank for name, rank in self.ranks.items() if rank >= len(members)}
-        for ep_rank, name in enumerate(members):
-            self.ranks[name] = ep_rank
+        self.ranks = {name: rank for name, rank in self.ranks.items() if rank not in ranks}
+        for ep_rank, (name, rank) in enumerate(zip(members, ranks, strict=True)):
+            self.ranks[name] = rank
             self.workers[name].ep_rank = ep_rank
         return self.named(members)
 

@@ -47,6 +47,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
                 worker.incarnation,
             )
             self._heartbeats.watch(worker)
+            self._epochs.wake_at_once()
         self._epochs.wake()
         self._state.announce()
         return pb.RegisterResponse(term=self._term, heartbeat_interval_s=INTERVAL_S)

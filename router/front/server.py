@@ -107,7 +107,6 @@ class Front:
         self.tuning = EngineTuning(self.engine.send, self.engine.kill, lambda: self.state.loaded is not None)
         self._loads = LoadInquiry(self.engine.send, lambda: self.state.loaded is not None)
         self._token = "" if config.experts_in_process else fleet_token(config)
-        self._coverage = 0.0
         self._servers: dict[str, RunningServer] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._has_said_ready = False
@@ -216,7 +215,7 @@ class Front:
             self._token,
             self.engine.send,
         )
-        self.heartbeats, self.epochs, self._coverage = side.heartbeats, side.epochs, side.coverage
+        self.heartbeats, self.epochs = side.heartbeats, side.epochs
         self._rollout.epochs = side.epochs
         return await start_server(
             config.fleet_host,
@@ -379,4 +378,5 @@ class Front:
         )
 
     def _snapshot(self) -> Any:
-        return status_of(self.in_force, self.term, self.state, self.fleet, self.journal, self._coverage)
+        coverage = 0.0 if self._expert_side is None else self._expert_side.coverage
+        return status_of(self.in_force, self.term, self.state, self.fleet, self.journal, coverage)

@@ -19,7 +19,7 @@ def status_of(
     journal: Journal,
     coverage: float,
 ) -> pb.GetStatusResponse:
-    """Take a snapshot; `coverage` is the placement's share of experts that survive any one loss."""
+    """Take a snapshot; `coverage` is the share of experts that survive any one loss from now on."""
     config = in_force.config
     stats, loaded = state.stats, state.loaded
     times = stats.workers if stats is not None and state.is_linked else []
@@ -36,7 +36,7 @@ def status_of(
         num_requests_waiting=stats.num_waiting if stats else journal.num_waiting,
         kv_blocks_used=stats.kv_blocks_used if stats else 0,
         kv_blocks_total=loaded.kv_blocks if loaded else 0,
-        warnings=[*in_force.warnings, *_fleet_warnings(fleet)],
+        warnings=[*in_force.warnings, *_fleet_warnings(fleet, state, config.world_size)],
         model_name=config.model_name,
         engine_state=state.engine_state,
         num_steps=stats.num_steps if stats else 0,
@@ -85,11 +85,19 @@ def _worker(worker: Worker, times: list[list[float]], grouped_matmul: str) -> pb
     return status
 
 
-def _fleet_warnings(fleet: Fleet) -> list[str]:
+def _fleet_warnings(fleet: Fleet, state: ServiceState, world_size: int) -> list[str]:
+    found = []
+    num_members = sum(worker.ep_rank >= 0 for worker in fleet.workers.values())
+    if state.is_linked and num_members < world_size:
+        found.append(
+            f"{num_members} of {world_size} expert workers serve: together they hold all experts; the others "
+            "join when they are back and have loaded"
+        )
     arithmetics = fleet.arithmetics()
     if len(arithmetics) <= 1:
-        return []
+        return found
     return [
+        *found,
         f"expert workers compute in {len(arithmetics)} different ways ({', '.join(sorted(arithmetics))}): "
-        "answers differ in bits"
+        "answers differ in bits",
     ]

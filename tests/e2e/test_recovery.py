@@ -14,6 +14,7 @@ import grpc
 import pytest
 
 from protos import admin_pb2, generation_pb2
+from tests.e2e.conftest import NUM_EXPERTS
 from tests.e2e.fleet import Answer, Fleet, fleet_of, generate
 from tests.e2e.test_reload import Operator
 
@@ -95,11 +96,11 @@ FLEETS: dict[str, tuple[int, int, dict[str, str], list[Harm]]] = {
     ),
     "AllToAll, links": (
         *(2, 2, {"EXPERTMESH_SAME_HOST_TRANSPORT": "links"}),
-        [kill_one, stop_one, kill_another_meanwhile],
+        [stop_one, kill_another_meanwhile],
     ),
-    "AllToAll, three workers, micro-batches": (3, 2, {"EXPERTMESH_MICRO_BATCHES": "2"}, [kill_one, kill_one]),
+    "AllToAll, three workers, micro-batches": (3, 2, {"EXPERTMESH_MICRO_BATCHES": "2"}, [kill_one]),
     "collective": (2, 2, {"EXPERTMESH_EXCHANGE": "collective"}, [kill_one]),
-    "no workers": (0, 1, {}, [kill_the_engine, kill_the_engine]),
+    "no workers": (0, 1, {}, [kill_the_engine]),
 }
 """Workers, level, how rows travel, and what happens to them one after the other."""
 
@@ -177,6 +178,38 @@ def test_while_a_worker_is_away_requests_are_queued_and_who_leaves_frees_its_blo
             agent.resume()
         assert [stays.result(60), queued.result(60)] == [undisturbed[0], undisturbed[2]]
         fleet.wait_until(lambda status: status.kv_blocks_used == 0)
+
+
+@pytest.mark.parametrize("ep_level", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_who_holds_all_experts_goes_on_without_the_lost_one_which_joins_later(
+    v3_model: Path, undisturbed: list[Answer], ep_level: int
+) -> None:
+    redundant = {"EXPERTMESH_REDUNDANT_EXPERTS": str(NUM_EXPERTS)}
+    flags = ("--expert-workers", "3", "--ep-level", str(ep_level))
+    with fleet_of(v3_model, *flags, **ENVIRONMENT, **redundant) as fleet, ThreadPoolExecutor(6) as pool:
+        answers = everything(fleet, pool)
+        fleet.wait_until(lambda status: status.num_requests_running > 1)
+        executor = fleet.executors()[1]
+        agent = executor.parent()
+        assert agent is not None
+        agent.suspend()
+        executor.kill()
+        try:
+            assert [answer.result(60) for answer in answers] == undisturbed
+            status = fleet.status()
+            assert (status.ready, num_serving(status)) == (True, 2)
+            answers = everything(fleet, pool)
+        finally:
+            agent.resume()
+        fleet.wait_until(lambda status: num_serving(status) == 3)
+        answers += everything(fleet, pool)
+        assert [answer.result(60) for answer in answers] == 2 * undisturbed
+        status = fleet.wait_until(lambda status: status.kv_blocks_used == 0)
+        assert (status.ready, status.recoveries) == (True, 1)
+
+
+def num_serving(status: admin_pb2.GetStatusResponse) -> int:
+    return sum(worker.ep_rank >= 0 for worker in status.workers)
 
 
 def test_up_ends_while_answers_wait(v3_model: Path) -> None:

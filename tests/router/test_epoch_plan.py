@@ -5,8 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.placement import Placement
 from common.rank_table import parse_rank_table
-from router.front.epoch_plan import Candidate, missing_sentence, place_workers
+from router.front.epoch_plan import Candidate, missing_sentence, place_workers, seat_all, seat_survivors
 from tests.common.test_rank_table import table
 
 NAMES = ("w-2", "w-10", "w-1", "other")
@@ -61,3 +62,20 @@ def test_what_is_waited_for_is_counted_or_named() -> None:
     )
     many = parse_rank_table(table(4, 2))
     assert missing_sentence({}, 8, many).endswith("rank 3 (device 1 of 10.0.0.1) and 4 more")
+
+
+def test_survivors_keep_what_they_hold_and_are_numbered_anew() -> None:
+    placement = Placement({1: ((0, 1), (1, 2), (2, 0)), 2: ((2, 0), (0, 1), (1, 2))})
+    held = {"a": 0, "b": 1, "c": 2}
+    survivors = seat_survivors({0: "a", 2: "c"}, held, placement)
+    assert survivors is not None
+    assert (survivors.members, survivors.ranks) == (("a", "c"), (0, 2))
+    assert survivors.placement == Placement({1: ((0, 1), (2, 0)), 2: ((2, 0), (1, 2))})
+    # A spare that has not loaded is no survivor, and one that is left does not hold everything.
+    assert seat_survivors({0: "a", 1: "spare", 2: "c"}, held, placement) == survivors
+    assert seat_survivors({0: "a", 1: "spare"}, held, placement) is None
+    assert seat_survivors({}, held, placement) is None
+    assert seat_survivors({0: "b", 1: "a", 2: "c"}, held, placement) is None  # others' places
+    whole = seat_all({0: "a", 1: "b", 2: "c"}, placement)
+    assert whole == seat_survivors({0: "a", 1: "b", 2: "c"}, held, placement)
+    assert seat_all({0: "a", 2: "c"}, placement) is None
