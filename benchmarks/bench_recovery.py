@@ -1,6 +1,7 @@
 """How long a stream pauses when an expert worker is lost: from the signal to the next token at the client.
 
-`python -m benchmarks.bench_recovery [--model examples/demo_model] [--expert-workers 2] [--kills 20]`
+`python -m benchmarks.bench_recovery [--model examples/demo_model] [--expert-workers 2] [--kills 20]
+[--redundant-experts N]`
 
 `expertmesh up` on this machine and one greedy stream that is asked for again when it has ended. Once tokens
 have flowed for ten seconds, the executor of a random worker is killed (SIGKILL) or stopped (SIGSTOP). The
@@ -90,10 +91,11 @@ class Fleet:
 
 
 @contextmanager
-def fleet_of(model: Path, expert_workers: int) -> Iterator[Fleet]:
+def fleet_of(arguments: argparse.Namespace) -> Iterator[Fleet]:
     """A fleet that serves."""
-    command = [sys.executable, "-m", "expertmesh", "up", "--model", str(model), "--port", "0"]
-    command += ["--expert-workers", str(expert_workers)]
+    command = [sys.executable, "-m", "expertmesh", "up", "--model", str(arguments.model), "--port", "0"]
+    command += ["--expert-workers", str(arguments.expert_workers)]
+    command += ["--redundant-experts", str(arguments.redundant_experts)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
             found = next((found for line in process.stdout or () if (found := READY.match(line))), None)
@@ -107,7 +109,7 @@ def fleet_of(model: Path, expert_workers: int) -> Iterator[Fleet]:
 def pauses(arguments: argparse.Namespace, how: signal.Signals) -> tuple[list[float], list[float]]:
     """Seconds as the client sees them, and as the router counts them."""
     seen, counted = [], []
-    with fleet_of(arguments.model, arguments.expert_workers) as fleet:
+    with fleet_of(arguments) as fleet:
         stream = Stream(fleet.target)
         stream.wait_beyond(10)
         for number in range(arguments.kills):
@@ -140,6 +142,7 @@ def main() -> None:
     )
     parser.add_argument("--model", type=Path, default=Path("examples/demo_model"))
     parser.add_argument("--expert-workers", type=int, default=2)
+    parser.add_argument("--redundant-experts", type=int, default=0)
     parser.add_argument("--kills", type=int, default=20)
     arguments = parser.parse_args()
     sys.stdout.write("| lost by | losses | pause s, median | worst | recovery_seconds, median | worst |\n")

@@ -58,6 +58,11 @@ def print_snapshot(snapshot: admin_pb2.GetStatusResponse, console: Console) -> N
         f"{snapshot.num_requests_running} requests running, {snapshot.num_requests_waiting} waiting; "
         f"{snapshot.kv_blocks_used} of {snapshot.kv_blocks_total} KV blocks in use"
     )
+    if snapshot.recoveries:
+        console.print(
+            f"{snapshot.recoveries} losses survived, the last in {snapshot.recovery_seconds:.2f} s; "
+            f"{snapshot.replayed_steps_total} steps computed again"
+        )
     if snapshot.workers:
         console.print(_workers_table(snapshot))
     for warning in snapshot.warnings:

@@ -36,6 +36,7 @@ class Recovery:
         self._reason = ""
         self._since_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self._is_closed = False
 
     @property
     def is_waiting(self) -> bool:
@@ -54,6 +55,8 @@ class Recovery:
             why: one sentence.
             reason: WORKER_LOST or ENGINE_LOST.
         """
+        if self._is_closed:
+            return
         if not self.is_waiting:
             self._since_s = time.monotonic()
         self.why, self._reason = why, reason
@@ -68,7 +71,7 @@ class Recovery:
         """A step has settled since, or there is none to compute."""
         if not self.is_waiting:
             return
-        self.stop()
+        self._end()
         self.num_recoveries += 1
         self.last_s = time.monotonic() - self._since_s
         logger.info("recovered after %.3f s", self.last_s)
@@ -78,8 +81,12 @@ class Recovery:
         if self.is_waiting:
             self._wait()
 
-    def stop(self) -> None:
-        """Wait no longer."""
+    def close(self) -> None:
+        """Wait for nothing from now on: what ends is ended on purpose."""
+        self._is_closed = True
+        self._end()
+
+    def _end(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
         self._timer, self.why = None, ""
@@ -97,6 +104,6 @@ class Recovery:
             f"(ExpertMesh.recoveryTimeoutSeconds is {self._timeout_s():g}): try again when the fleet serves",
             self._reason,
         )
-        self.stop()
+        self._end()
         logger.error("answers end: %s", error)
         self._end_answers(error)

@@ -182,7 +182,6 @@ class Front:
 
     async def close(self) -> None:
         """End what is still running, and close all ports."""
-        self._recovery.stop()
         error = StreamLost("the router is shutting down", "DRAINING")
         self.journal.finish_all(End(error=error))
         await asyncio.gather(*(server.stop(STOP_GRACE_S) for server in self._servers.values()))
@@ -196,7 +195,8 @@ class Front:
         self._spawn(self.reload.reread())
 
     async def _end_engine(self, work: asyncio.Task[None]) -> None:
-        # An engine that is stopped does not agree to anything any more, and joins nobody.
+        # An engine that is stopped does not agree to anything any more, joins nobody, and is not waited for.
+        self._recovery.close()
         self.tuning.engine_ended()
         if self.epochs is not None:
             self.epochs.engine_ended()

@@ -51,6 +51,13 @@ def test_a_fleet_that_is_not_ready_says_why_word_for_word() -> None:
     )
 
 
+def test_losses_are_told_once_there_was_one() -> None:
+    snapshot = snapshot_of(ready=True)
+    assert "survived" not in printed(snapshot)
+    snapshot.recoveries, snapshot.recovery_seconds, snapshot.replayed_steps_total = 3, 1.534, 2
+    assert "3 losses survived, the last in 1.53 s; 2 steps computed again" in printed(snapshot)
+
+
 def test_output_that_is_no_terminal_has_no_colour() -> None:
     assert "\x1b" not in printed(snapshot_of(ready=True))
 

@@ -90,6 +90,7 @@ class Running:
         )
         self.admin: admin_pb2_grpc.AdminServiceAsyncStub = admin_pb2_grpc.AdminServiceStub(self.admin_channel)
         self.agents: list[FakeAgent] = []
+        self.work: asyncio.Task[None] | None = None
 
     async def add_agent(
         self, worker_id: str, host: str = "127.0.0.1", device_id: int | None = None, **steering: Any
@@ -120,7 +121,7 @@ class Running:
 async def running_front(at_start: Effective) -> AsyncIterator[Running]:
     front = Front(at_start, engine_module="tests.fake_engine")
     running = Running(front, await front.listen())
-    work = asyncio.create_task(front.run())
+    work = running.work = asyncio.create_task(front.run())
     try:
         yield running
     finally:

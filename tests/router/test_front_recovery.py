@@ -14,7 +14,7 @@ from google.rpc import error_details_pb2
 
 from protos import generation_pb2 as pb
 from tests.fake_agent import FakeAgent
-from tests.fake_engine import DIES, DIES_ALWAYS, LOSES, LOSES_ALWAYS, SLOW
+from tests.fake_engine import DIES, DIES_ALWAYS, LOSES, LOSES_ALWAYS, SILENT, SLOW
 from tests.router.front_fleet import Running, front_config, request_of, running_front, tokens_of
 from tests.router.reloading import reload, with_own
 from tests.router.test_front_streams import detail_of
@@ -169,6 +169,21 @@ async def test_the_queue_is_bounded_while_answers_wait(tmp_path: Path) -> None:
         refused = await failure(asyncio.create_task(tokens_of(running, request_of([20]))))
         assert refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         queued.cancel()
+
+
+async def test_an_engine_that_is_stopped_is_not_taken_for_lost(tmp_path: Path) -> None:
+    async with running_front(front_config(tmp_path, 1, recoveryTimeoutSeconds=0)) as running:
+        await running.add_agent("a")
+        await running.until_ready()
+        stream = asyncio.create_task(tokens_of(running, request_of([SILENT])))
+        await running.until(lambda _: len(running.front.journal) == 1)
+        assert running.work is not None
+        running.work.cancel()
+        await asyncio.gather(running.work, return_exceptions=True)
+        await asyncio.sleep(0.1)
+        await running.front.close()
+        error = await failure(stream)
+        assert detail_of(error, error_details_pb2.ErrorInfo).reason == "DRAINING"
 
 
 async def test_draining_while_answers_wait_ends(tmp_path: Path) -> None:
