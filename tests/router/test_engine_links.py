@@ -202,7 +202,8 @@ def test_an_answer_goes_on_unchanged_while_epochs_are_held_given_up_and_committe
             child.send(tune(1 + epoch % 4 // 2, 2, tune_id=epoch, deadline_floor_s=5.0))
             assert child.until(Tuned).tune_id == epoch
             child.send(CommitTune(epoch, epoch))
-        assert child.until(Stats, lambda stats: stats.num_running == 1).epoch == epoch - epoch % 2
+        in_force = epoch - epoch % 2
+        child.until(Stats, lambda stats: (stats.num_running, stats.epoch) == (1, in_force))  # noqa: B023
     child.until(Tokens, lambda message: message.events[0]["fin"] == "length")
     told = [event for message in child.seen if isinstance(message, Tokens) for event in message.events]
     assert [event["token"] for event in told][-400:] == expected

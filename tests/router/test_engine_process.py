@@ -202,11 +202,15 @@ def test_no_more_blocks_are_taken_than_full_batches_use(checkpoint: Path) -> Non
         assert loaded.kv_blocks == 6
 
 
-def test_without_expert_workers_a_request_is_lost_at_once(checkpoint: Path) -> None:
+def test_without_expert_workers_a_request_waits_until_somebody_aborts_it(checkpoint: Path) -> None:
     with engine(checkpoint, experts_in_process=False) as (child, loaded):
         assert loaded.store_host == "127.0.0.1"
         assert loaded.store_port > 0
-        assert "no expert workers" in str(child.answer([request("a", 3)])["a"].error)
+        child.send(request("a", 3))
+        waiting = child.until(Stats, lambda stats: stats.num_waiting == 1)
+        assert (waiting.epoch, waiting.num_running, waiting.num_steps) == (0, 0, 0)
+        child.send(Abort("a"))
+        child.until(Stats, lambda stats: stats.num_waiting == 0)
 
 
 def test_a_link_nobody_comes_to_fails_by_rank_and_in_time(checkpoint: Path) -> None:
