@@ -37,6 +37,15 @@ class Allowance:
         self._allowed = question
         logger.info("this membership may serve: %s", reason)
 
+    async def check_more(self, workers: Sequence[Worker]) -> None:
+        """Let these workers follow the members of the epoch in force, who go on if they must not.
+
+        Raises:
+            ConfigError: they must not: the reason and the way out.
+            ControlError: a worker could not be asked.
+        """
+        await self._rule.check(self._config(), workers)
+
     async def check_change(self, config: Config, workers: Sequence[Worker]) -> None:
         """Let an epoch with these members go on with another configuration, which is not in force yet.
 

@@ -43,6 +43,10 @@ class EpochFacts:
     exchange: str
     buffer_bytes: Callable[[Config], int]
 
+    def buffers_of(self, config: Config, ep_size: int) -> int:
+        """What a worker of so many needs beside its weights: fewer get more rows each."""
+        return self.buffer_bytes(config.model_copy(update={"moe_ep": ep_size}))
+
 
 @dataclass(frozen=True, slots=True)
 class Reach:
@@ -211,8 +215,7 @@ class EpochAttempt:
                 timeout_s=BESIDE_TIMEOUT_S if self._all_serve else WORKER_LINK_TIMEOUT_S,
                 exchange=facts.exchange,
             ),
-            # Fewer workers get more rows each.
-            buffer_bytes=facts.buffer_bytes(self.config.model_copy(update={"moe_ep": placement.ep_size})),
+            buffer_bytes=facts.buffers_of(self.config, placement.ep_size),
             ep_level=self.config.ep_level,
         )
 

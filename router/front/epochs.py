@@ -272,12 +272,27 @@ class Epochs:
 
     async def _grow(self) -> str:
         """Take in those whom the epoch in force did not wait for; return why not, or nothing."""
-        if self._beside is not None or len(self._members) == self._facts.world_size:
+        if not self._can_grow():
             return ""
         seating = seat_all(self._places(), self._facts.placement)
         if seating is None:
             return ""
         members = self._fleet.named(seating.members)
+        try:
+            await self._allowance.check_more(members)
+        except (ConfigError, ControlError) as error:
+            return str(error)
+        if not self._can_grow() or not self._fleet.has(members):
+            return ""
+        return await self._take_in(seating, members)
+
+    def _can_grow(self) -> bool:
+        """Whether the epoch in force is of a part of the group, and none is prepared beside it."""
+        is_part = len(self._members) < self._facts.world_size
+        return self._state.is_linked and self._beside is None and is_part
+
+    async def _take_in(self, seating: Seating, members: list[Worker]) -> str:
+        """Have the engine take up an epoch of more members; return why not, or nothing."""
         newcomers = [worker for worker in members if worker not in self._members]
         attempt = self._beside = self._next_attempt(seating, members, self._config(), is_beside=True)
         try:
@@ -325,7 +340,7 @@ class Epochs:
 
     async def _ask(self, workers: list[Worker], config: Config) -> dict[str, str]:
         """Why workers would refuse an epoch, for those who would. Raises ControlError."""
-        need = self._facts.buffer_bytes(config)
+        need = self._facts.buffers_of(config, len(workers))
         answers = await asyncio.gather(
             *(
                 self._reach.agent_of(worker).check_epoch(config.ep_level, need, ANSWER_TIMEOUT_S)
