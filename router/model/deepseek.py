@@ -197,13 +197,16 @@ class MLA(nn.Module):
         self, hidden_states: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: LatentCache
     ) -> Tensor:  # [T, D], 2 x [T, R/2] -> [T, D]
         """Store the latents of all rows, then let every row attend to its own sequence."""
-        q_nope, q_pe = self._queries(hidden_states, cos, sin)
+        q = self._queries(hidden_states, cos, sin)
         kv_c, k_pe = self._latents(hidden_states, cos, sin)
         blocks = cache.layer(self.layer_id)
         self.kernels.store_latents(blocks, batch.slot_mapping, kv_c, k_pe)
 
-        if len(batch.decode_rows) == len(hidden_states):  # as in most steps: no row has to be picked out
-            return self.o_proj(self._attend_absorbed(q_nope, q_pe, batch, blocks).flatten(1))
+        # As in most steps, all rows decode or are of one prompt: none has to be picked out.
+        if len(batch.decode_rows) == len(hidden_states):
+            return self.o_proj(self._attend_absorbed(q, batch, blocks).flatten(1))
+        if batch.prefills[0].num_tokens == len(hidden_states):
+            return self.o_proj(self._attend_plain(q, batch.prefills[0], blocks).flatten(1))
         output = torch.empty(
             len(hidden_states),
             self.num_heads,
@@ -213,21 +216,22 @@ class MLA(nn.Module):
         )
         for span in batch.prefills:
             rows = slice(span.first_row, span.first_row + span.num_tokens)
-            output[rows] = self._attend_plain(q_nope[rows], q_pe[rows], span, blocks)
+            output[rows] = self._attend_plain(q[rows], span, blocks)
         if len(batch.decode_rows):
             decoding = batch.decode_rows
-            output[decoding] = self._attend_absorbed(q_nope[decoding], q_pe[decoding], batch, blocks)
+            output[decoding] = self._attend_absorbed(q[decoding], batch, blocks)
         return self.o_proj(output.flatten(1))
 
-    def _queries(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Project to queries without position, [T, H, nope], and with, [T, H, R]."""
+    def _queries(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # -> [T, H, nope + R]
+        """Project to queries, whose last R elements carry the position."""
         if self.has_q_lora:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
         else:
             q = self.q_proj(hidden_states)
         q = q.unflatten(-1, (self.num_heads, -1))
-        q_nope, q_pe = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        return q_nope, self.kernels.rotate(q_pe, cos, sin)
+        q_pe = q[..., self.qk_nope_head_dim :]
+        q_pe.copy_(self.kernels.rotate(q_pe, cos, sin))
+        return q
 
     def _latents(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Project to what the cache keeps: kv_c [T, C] after its norm and k_pe [T, R] rotated."""
@@ -235,21 +239,21 @@ class MLA(nn.Module):
         kv_c, k_pe = latents.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         return self.kv_a_layernorm(kv_c), self.kernels.rotate(k_pe.unsqueeze(1), cos, sin).squeeze(1)
 
-    def _attend_plain(self, q_nope: Tensor, q_pe: Tensor, span: PrefillSpan, blocks: Tensor) -> Tensor:
+    def _attend_plain(self, q: Tensor, span: PrefillSpan, blocks: Tensor) -> Tensor:
         """Attend with keys and values expanded from the latents; they live no longer than this call."""
         latents = self.kernels.gather_latents(blocks, span.block_table, span.end)  # [S, C + R]
         kv_c, k_pe = latents.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         kv = self.kv_b_proj(kv_c).unflatten(-1, (self.num_heads, -1))  # [S, H, nope + v]
         k_nope, v = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         k = torch.cat([k_nope, k_pe.unsqueeze(1).expand(-1, self.num_heads, -1)], dim=-1)
-        q = torch.cat([q_nope, q_pe], dim=-1)
         tile = blocks.shape[1]
         return self.kernels.prefill_attention(q, k, v, span.start, self.scale, tile)
 
-    def _attend_absorbed(self, q_nope: Tensor, q_pe: Tensor, batch: Batch, blocks: Tensor) -> Tensor:
+    def _attend_absorbed(self, q: Tensor, batch: Batch, blocks: Tensor) -> Tensor:
         """Attend in the latent space: kv_b_proj's key half goes to queries, its value half to results."""
         weight = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))  # [H, nope + v, C]
         w_k, w_v = weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+        q_nope, q_pe = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         q_latent = self.kernels.per_head_linear(q_nope, w_k.transpose(1, 2))  # [N, H, C]
         attended = self.kernels.decode_attention(
             q_latent, q_pe, blocks, batch.block_tables, batch.context_lens, self.scale
