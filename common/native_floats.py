@@ -8,7 +8,9 @@ Shapes: M rows, T tokens, N queries, H heads, C kv_lora_rank, R qk_rope_head_dim
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -25,7 +27,7 @@ _ARGUMENTS = {
     "float_swiglu": [_NUMBER, _NUMBER, _NUMBER, _POINTER, _POINTER, *[_SIZE] * 4, _POINTER],
     "float_rotate": [_NUMBER, _NUMBER, _NUMBER, _POINTER, *[_SIZE] * 5, *[_POINTER] * 3],
     "float_sum_slots": [
-        *(_NUMBER, _NUMBER, _NUMBER, _POINTER, _SIZE, _SIZE),
+        *(_NUMBER, _NUMBER, _NUMBER, _POINTER, _POINTER, _SIZE, _SIZE),
         *(_POINTER, _POINTER, _SIZE, _SIZE, _NUMBER, _POINTER),
     ],
     "float_gate_logits": [_NUMBER, _NUMBER, _NUMBER, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER],
@@ -94,17 +96,25 @@ class NativeFloats:
         return output
 
     def sum_slots(
-        self, rows: Tensor, position_of: Tensor, topk_weights: Tensor, dtype: torch.dtype
-    ) -> Tensor:  # [R, D], [T, K] int64, [T, K] float32 -> [T, D] float32 or float64
+        self, parts: Sequence[Tensor], position_of: Tensor, topk_weights: Tensor, dtype: torch.dtype
+    ) -> Tensor:  # one or more [rows of it, D], [T, K] int64, [T, K] float32 -> [T, D] float32 or float64
         """Add up the rows of every token: products rounded in float32, added in slot order in float64.
 
-        A position of R or more adds nothing.
+        Rows are counted through all parts; a position beyond them adds nothing.
         """
-        rows, position_of, topk_weights = (x.contiguous() for x in (rows, position_of, topk_weights))
-        output = torch.empty(position_of.shape[0], rows.shape[1], dtype=dtype)
+        parts = [part.contiguous() for part in parts]
+        position_of, topk_weights = position_of.contiguous(), topk_weights.contiguous()
+        size, num_parts = parts[0].shape[1], len(parts)
+        if any(part.shape[1] != size for part in parts):
+            raise ValueError(
+                f"rows of {[part.shape[1] for part in parts]} elements cannot be added up together"
+            )
+        output = torch.empty(position_of.shape[0], size, dtype=dtype)
         self._library.float_sum_slots(
-            *(self._path, compute_threads.count(), _is_bfloat16(rows), rows.data_ptr(), *rows.shape),
-            *(position_of.data_ptr(), topk_weights.data_ptr(), *position_of.shape),
+            *(self._path, compute_threads.count(), _is_bfloat16(*parts)),
+            (_POINTER * num_parts)(*(part.data_ptr() for part in parts)),
+            (_SIZE * num_parts)(*accumulate(part.shape[0] for part in parts)),
+            *(num_parts, size, position_of.data_ptr(), topk_weights.data_ptr(), *position_of.shape),
             *(dtype == torch.float64, output.data_ptr()),
         )
         return output

@@ -146,7 +146,7 @@ class CollectiveRouterExchange:
         self._record("wait", start_ns, dispatched.layer_id)
         start_ns = time.monotonic_ns()
         if dispatched.position_of is not None:
-            combined = weighted_sum(dispatched.output, dispatched.position_of, dispatched.topk_weights)
+            combined = weighted_sum([dispatched.output], dispatched.position_of, dispatched.topk_weights)
         elif dispatched.partials:
             combined = sum_partials(dispatched.partials)
         else:  # no tokens, so that nobody was asked

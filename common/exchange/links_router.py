@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -34,15 +35,33 @@ PROBE_S = 0.05
 MOST_UNSETTLED = 64
 
 
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    """What came for one message, in the order in which it is summed up.
+
+    Attributes:
+        order: the first of its rows at level 2, the worker's ep_rank at level 1.
+        body: its rows, or its sums; they lie in `buffer`, which goes back to `link`.
+    """
+
+    order: int
+    body: Tensor
+    buffer: Tensor
+    link: MessageLink
+
+
 @dataclass(slots=True)
 class _InFlight(Dispatched):
-    """A dispatch whose replies are collected: rows by slot at level 2, one sum per worker at level 1."""
+    """A dispatch whose replies are collected: rows by slot at level 2, one sum per worker at level 1.
+
+    Attributes:
+        no_rows: [0, D] in the dtype of rows.
+    """
 
     sorted_rows: SortedRows | None
     topk_weights: Tensor
-    output: Tensor
-    partials: dict[int, Tensor] = field(default_factory=dict)
-    buffers: dict[int, Tensor] = field(default_factory=dict)
+    no_rows: Tensor
+    replies: list[_Reply] = field(default_factory=list)
     missing: int = 0
 
 
@@ -134,7 +153,7 @@ class LinksRouterExchange:
             raise MessageError("dispatch was called before begin: announce the step first")
         start_ns = time.monotonic_ns()
         num_tokens = hidden_states.shape[0]
-        flight = _InFlight(layer_id, micro_batch, num_tokens, None, topk_weights, hidden_states)
+        flight = _InFlight(layer_id, micro_batch, num_tokens, None, topk_weights, hidden_states[:0])
         keys = self._slots.place(layer_id, micro_batch, topk_ids)
         table = self._slots.table(layer_id)
         outgoing: list[list[_Outgoing]] = []
@@ -150,7 +169,6 @@ class LinksRouterExchange:
             count_extra_rounds(self.extra, self._step, sorted_rows)
             flight.sorted_rows = sorted_rows
             sent = gather_rows(hidden_states, sorted_rows.token_of, self._shape.quantizer(layer_id))
-            flight.output = sent.rows.new_empty(sent.rows.shape, dtype=self._shape.dtype)
             outgoing = [self._requests_of(worker, flight, sorted_rows, sent) for worker in self._workers]
         # A message wakes its worker, which then takes turns with this thread, and may keep it from its core
         # until it has computed: all workers' messages of a round are written before the first of them leaves.
@@ -171,14 +189,17 @@ class LinksRouterExchange:
             self._take_arrival()
         self._record("wait", start_ns, "router", dispatched.layer_id)
         start_ns = time.monotonic_ns()
-        if dispatched.sorted_rows is not None:
-            combined = weighted_sum(
-                dispatched.output, dispatched.sorted_rows.position_of, dispatched.topk_weights
-            )
+        # Each is read where it came; the parts of what was sorted lie in the order in which they were cut.
+        replies = sorted(dispatched.replies, key=attrgetter("order"))
+        bodies = [reply.body for reply in replies]
+        if dispatched.sorted_rows is None:
+            combined = sum_partials(bodies)
         else:
-            combined = sum_partials([dispatched.partials[rank] for rank in sorted(dispatched.partials)])
-            for rank, buffer in dispatched.buffers.items():
-                self._workers[rank].link.done(buffer)
+            position_of = dispatched.sorted_rows.position_of
+            combined = weighted_sum(bodies or [dispatched.no_rows], position_of, dispatched.topk_weights)
+        for reply in replies:
+            reply.link.done(reply.buffer)
+        dispatched.replies.clear()
         self._record("combine", start_ns, "router", dispatched.layer_id)
         return combined
 
@@ -313,12 +334,10 @@ class LinksRouterExchange:
         flight = request.owner
         if flight.sorted_rows is None:
             self.extra.passes += header.rounds - 1
-            flight.partials[worker.ep_rank] = wire.unpack(buffer, header, (shape, torch.float64))[0]
-            flight.buffers[worker.ep_rank] = buffer  # the sum reads it
+            order, body = worker.ep_rank, wire.unpack(buffer, header, (shape, torch.float64))[0]
         else:
-            rows = wire.unpack(buffer, header, (shape, self._shape.dtype))[0]
-            flight.output[request.begin : request.begin + request.num_rows] = rows
-            worker.link.done(buffer)
+            order, body = request.begin, wire.unpack(buffer, header, (shape, self._shape.dtype))[0]
+        flight.replies.append(_Reply(order, body, buffer, worker.link))
         flight.missing -= 1
         self._learn(worker, request, header, arrived_ns)
 

@@ -83,7 +83,7 @@ class LoopbackExchange:
         sent = gather_rows(hidden_states, sorted_rows.token_of.to(hidden_states.device), quantize)
         counts = sorted_rows.counts[0, : self._num_local[layer_id]]
         output = self._compute(layer_id, sent.rows, sent.scales, counts, self._is_grouped)
-        combined = weighted_sum(output.cpu(), sorted_rows.position_of, dispatched.topk_weights)
+        combined = weighted_sum([output.cpu()], sorted_rows.position_of, dispatched.topk_weights)
         return combined.to(hidden_states.device)
 
     def close(self) -> None:

@@ -222,14 +222,15 @@ def expand_rows(
     return LocalRows(rows, counts, position_of.view(slot_keys.shape), weights)
 
 
-def weighted_sum(rows: Tensor, position_of: Tensor, topk_weights: Tensor) -> Tensor:
-    """Every token's sum over its slots, [T, D] float32; rows [R, D], the rest [T, K].
+def weighted_sum(parts: Sequence[Tensor], position_of: Tensor, topk_weights: Tensor) -> Tensor:
+    """Every token's sum over its slots, [T, D] float32; parts make up the rows [R, D], the rest is [T, K].
 
     Products are rounded in float32, added in slot order in float64, and the sum is rounded once.
     """
-    native = _native_for(rows)
+    native = _native_for(parts[0])
     if native is not None:
-        return native.sum_slots(rows, position_of, topk_weights, torch.float32)
+        return native.sum_slots(parts, position_of, topk_weights, torch.float32)
+    rows = parts[0] if len(parts) == 1 else torch.cat(list(parts))
     num_tokens, top_k = position_of.shape
     total = torch.empty(num_tokens, rows.shape[1], device=rows.device)
     block_tokens = max(BLOCK_ELEMENTS // max(top_k * rows.shape[1], 1), 1)
@@ -247,7 +248,7 @@ def partial_sum(output: Tensor, local: LocalRows) -> Tensor:
     """The part of every token's sum that a worker's own experts give, [T, D] float64; output [R, D]."""
     native = _native_for(output)
     if native is not None:
-        return native.sum_slots(output, local.position_of, local.weights, torch.float64)
+        return native.sum_slots([output], local.position_of, local.weights, torch.float64)
     num_tokens, top_k = local.position_of.shape
     total = torch.zeros(num_tokens, output.shape[1], dtype=torch.float64, device=output.device)
     for slot in range(top_k):

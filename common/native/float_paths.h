@@ -234,16 +234,17 @@ void rotate(const T* x, const float* cos, const float* sin, int64_t size, T* out
 }
 
 // The sum over the slots of one token: products rounded to float, added in slot order in double. A slot whose
-// row is none of `num_rows` adds nothing.
+// row is in none of the parts adds nothing.
 template <class T, class Sum>
-void sum_slots(const T* rows, int64_t num_rows, int64_t size, const int64_t* positions, const float* weights,
+void sum_slots(const Parts& parts, int64_t size, const int64_t* positions, const float* weights,
                int64_t slots, Sum* out) {
   for (int64_t first = 0; first < size; first += kSumTile) {
     const int64_t count = std::min(kSumTile, size - first);
     double sums[kSumTile] = {};
     for (int64_t slot = 0; slot < slots; slot++) {
-      if (positions[slot] >= num_rows) continue;
-      const T* row = rows + positions[slot] * size + first;
+      const T* row = parts.row<T>(positions[slot], size);
+      if (!row) continue;
+      row += first;
       for (int64_t i = 0; i < count; i++) sums[i] += static_cast<double>(widen(row[i]) * weights[slot]);
     }
     for (int64_t i = 0; i < count; i++) out[first + i] = static_cast<Sum>(sums[i]);

@@ -74,6 +74,22 @@ struct PromptState {
   float maximum[kQueryTile], sum[kQueryTile], fading[kQueryTile];
 };
 
+// Rows that lie in several pieces of memory, one after another: part i ends before row ends[i] of all.
+struct Parts {
+  const void* const* from;
+  const int64_t* ends;
+  int64_t count;
+
+  // Null where no part holds it.
+  template <class T>
+  const T* row(int64_t position, int64_t size) const {
+    int64_t begin = 0;
+    for (int64_t part = 0; part < count; begin = ends[part++])
+      if (position < ends[part]) return static_cast<const T*>(from[part]) + (position - begin) * size;
+    return nullptr;
+  }
+};
+
 #define INLINE_LAMBDA __attribute__((always_inline))
 
 #define FUSED_LANES 1
@@ -164,11 +180,11 @@ void rotate_rows(int path, int threads, const T* x, int64_t tokens, int64_t head
 }
 
 template <class T, class Sum>
-void sum_tokens(int path, int threads, const T* rows, int64_t num_rows, int64_t size,
-                const int64_t* positions, const float* weights, int64_t tokens, int64_t slots, Sum* out) {
+void sum_tokens(int path, int threads, const Parts& parts, int64_t size, const int64_t* positions,
+                const float* weights, int64_t tokens, int64_t slots, Sum* out) {
   for_each(threads_for(threads, tokens, tokens * slots * size), tokens, [&](int64_t token) {
-    ON_PATH(path, sum_slots(rows, num_rows, size, positions + token * slots, weights + token * slots, slots,
-                            out + token * size));
+    ON_PATH(path, sum_slots<T>(parts, size, positions + token * slots, weights + token * slots, slots,
+                               out + token * size));
   });
 }
 
@@ -338,15 +354,15 @@ EXPORT void float_rotate(int path, int threads, int is_bfloat16, const void* x, 
     FOR_TYPE(is_bfloat16, rotate_rows(path, threads, as<T>(x), tokens, heads, size, token_stride, head_stride,
                                       cos, sin, as<T>(out)))}
 
-// rows [num_rows, size], positions and weights [T, slots] -> out [T, size], float or double: products rounded
-// to float, added in slot order in double. A position of num_rows or more adds nothing.
-EXPORT void float_sum_slots(int path, int threads, int is_bfloat16, const void* rows, int64_t num_rows,
-                            int64_t size, const int64_t* positions, const float* weights, int64_t tokens,
-                            int64_t slots, int is_double, void* out) {
-  FOR_TYPE(is_bfloat16, if (is_double) sum_tokens(path, threads, as<T>(rows), num_rows, size, positions,
-                                                  weights, tokens, slots, as<double>(out));
-           else sum_tokens(path, threads, as<T>(rows), num_rows, size, positions, weights, tokens, slots,
-                           as<float>(out)))
+// rows [ends[count - 1], size] in `count` parts, positions and weights [T, slots] -> out [T, size], float or
+// double: products rounded to float, added in slot order in double. A position beyond all parts adds nothing.
+EXPORT void float_sum_slots(int path, int threads, int is_bfloat16, const void* const* from,
+                            const int64_t* ends, int64_t count, int64_t size, const int64_t* positions,
+                            const float* weights, int64_t tokens, int64_t slots, int is_double, void* out) {
+  const Parts parts = {from, ends, count};
+  FOR_TYPE(is_bfloat16, if (is_double) sum_tokens<T>(path, threads, parts, size, positions, weights, tokens,
+                                                     slots, as<double>(out));
+           else sum_tokens<T>(path, threads, parts, size, positions, weights, tokens, slots, as<float>(out)))
 }
 
 // x [M, D], weight [E, D] float -> out [M, E] float. Returns 0, or 1 if there is not enough memory.
