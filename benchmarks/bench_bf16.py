@@ -18,7 +18,7 @@ from benchmarks.bench_int8 import COPIES_BYTES, Call, times_us
 from common import native_bf16
 
 SHAPES = ((2816, 2048), (2048, 1408), (576, 2048))
-"""An expert's two products, kv_a_proj_with_mqa, lm_head."""
+"""An expert's two products, and kv_a_proj_with_mqa."""
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
