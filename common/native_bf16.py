@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from common import compute_threads, native_library
+from common.expert_counts import counted_experts
 from common.native.compiler import LIBRARY
 from common.native_library import open_library
 
@@ -62,18 +63,7 @@ class NativeBf16:
         Raises:
             ValueError: rows, counts and weights do not belong together, or as for `linear`.
         """
-        counts = tokens_per_expert.tolist()
-        if (
-            len(counts) != len(gate_up)
-            or len(counts) != len(down)
-            or sum(counts) != len(rows)
-            or min(counts, default=0) < 0
-        ):
-            raise ValueError(
-                f"tokens_per_expert {counts} must count {len(rows)} rows of {len(gate_up)} experts with "
-                f"{len(down)} down projections"
-            )
-        active = [expert for expert, count in enumerate(counts) if count]
+        counts, active = counted_experts(tokens_per_expert, len(rows), gate_up, down)
         output = torch.empty(rows.shape, dtype=rows.dtype)
         if not active:
             return output

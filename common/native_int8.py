@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from common import compute_threads
+from common.expert_counts import counted_experts
 from common.huge_pages import HugePageArena
 from common.int8_reference import PackedInt8
 from common.native.compiler import LIBRARY
@@ -157,18 +158,7 @@ class NativeInt8:
         Raises:
             ValueError: rows, scales, counts and weights do not belong together.
         """
-        counts = tokens_per_expert.tolist()
-        active = [expert for expert, count in enumerate(counts) if count]
-        if (
-            len(counts) != len(gate_up)
-            or len(counts) != len(down)
-            or sum(counts) != len(rows)
-            or min(counts, default=0) < 0
-        ):
-            raise ValueError(
-                f"tokens_per_expert {counts} must count {len(rows)} rows of {len(gate_up)} experts with "
-                f"{len(down)} down projections"
-            )
+        counts, active = counted_experts(tokens_per_expert, len(rows), gate_up, down)
         if not active:
             return torch.empty(rows.shape, dtype=dtype)
         for expert in active:

@@ -56,30 +56,20 @@ def test_a_product_is_that_of_float64_rounded_once(kernel: NativeBf16, shape: tu
         assert_rounded_once(kernel.linear(x[:count], weight), x[:count], weight)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "counts"),
+    [*((shape, ROW_COUNTS) for shape in SHAPES), *((shape, SEVERAL_ROW_COUNTS) for shape in LARGE_SHAPES)],
+    ids=str,
+)
 def test_a_row_gets_the_same_bits_in_every_batch_and_with_any_number_of_threads(
-    kernel: NativeBf16, shape: tuple[int, int]
+    kernel: NativeBf16, shape: tuple[int, int], counts: tuple[int, ...]
 ) -> None:
     weight, x = some_weight(1, *shape), randn(2, 600, shape[1], dtype=BFLOAT16)
     with num_threads(1):
         expected = kernel.linear(x, weight)
     for threads in THREAD_COUNTS:
         with num_threads(threads):
-            for count in ROW_COUNTS:
-                chosen = some_rows(count * 10 + threads, count, len(x))
-                assert torch.equal(kernel.linear(x[chosen], weight), expected[chosen]), (count, threads)
-
-
-@pytest.mark.parametrize("shape", LARGE_SHAPES, ids=str)
-def test_a_row_gets_the_same_bits_in_every_batch_at_real_sizes(
-    kernel: NativeBf16, shape: tuple[int, int]
-) -> None:
-    weight, x = some_weight(1, *shape), randn(2, 600, shape[1], dtype=BFLOAT16)
-    with num_threads(1):
-        expected = kernel.linear(x, weight)
-    for threads in THREAD_COUNTS:
-        with num_threads(threads):
-            for count in SEVERAL_ROW_COUNTS:
+            for count in counts:
                 chosen = some_rows(count * 10 + threads, count, len(x))
                 assert torch.equal(kernel.linear(x[chosen], weight), expected[chosen]), (count, threads)
 
