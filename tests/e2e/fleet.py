@@ -71,6 +71,19 @@ class Fleet:
         """The torch child of the router."""
         return self._children("router.engine_process")[0]
 
+    @contextmanager
+    def without_executor(self, index: int) -> Iterator[None]:
+        """Kill an executor, whose agent starts no other before the end of the block."""
+        executor = self.executors()[index]
+        agent = executor.parent()
+        assert agent is not None
+        agent.suspend()
+        executor.kill()
+        try:
+            yield
+        finally:
+            agent.resume()
+
     def _children(self, module: str) -> list[psutil.Process]:
         everyone = psutil.Process(self.process.pid).children(recursive=True)
         return [one for one in everyone if module in " ".join(one.cmdline())]

@@ -40,12 +40,7 @@ def test_when_a_worker_stays_away_streams_end_with_its_name_and_later_requests_a
         before = generate(fleet, PROMPT, **SHORT)
         stream = pool.submit(generate, fleet, PROMPT, **LONG)
         fleet.wait_until(lambda status: status.num_requests_running == 1 and status.num_steps > 20)
-        executor = fleet.executors()[1]
-        agent = executor.parent()
-        assert agent is not None
-        agent.suspend()
-        executor.kill()
-        try:
+        with fleet.without_executor(1):
             error = stream.exception(timeout=30)
             assert isinstance(error, grpc.RpcError), f"the stream ended with {error!r}"
             assert error.code() == grpc.StatusCode.UNAVAILABLE
@@ -56,8 +51,6 @@ def test_when_a_worker_stays_away_streams_end_with_its_name_and_later_requests_a
                 generate(fleet, PROMPT, **SHORT)
             assert reason_of(caught.value) == "NOT_READY"
             assert fleet.status().kv_blocks_used == 0
-        finally:
-            agent.resume()
         fleet.wait_until(lambda status: status.ready)
         assert generate(fleet, PROMPT, **SHORT) == before
 

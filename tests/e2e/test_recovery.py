@@ -158,12 +158,7 @@ def test_while_a_worker_is_away_requests_are_queued_and_who_leaves_frees_its_blo
         named = generation_pb2.GenerateRequest(text=LONG_PROMPT, request_id="leaves")
         leaves = fleet.generation().Generate(named, timeout=60)
         fleet.wait_until(lambda status: status.num_requests_running == 2)
-        executor = fleet.executors()[0]
-        agent = executor.parent()
-        assert agent is not None
-        agent.suspend()
-        executor.kill()
-        try:
+        with fleet.without_executor(0):
             fleet.wait_until(is_recovering)
             queued = pool.submit(stream, fleet, 2)
             status = fleet.wait_until(lambda status: "3 streams wait" in status.not_ready_reason)
@@ -175,8 +170,6 @@ def test_while_a_worker_is_away_requests_are_queued_and_who_leaves_frees_its_blo
             with pytest.raises(grpc.RpcError) as caught:
                 generate(fleet, "too late", timeout=0.5)
             assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-        finally:
-            agent.resume()
         assert [stays.result(60), queued.result(60)] == [undisturbed[0], undisturbed[2]]
         fleet.wait_until(lambda status: status.kv_blocks_used == 0)
 
@@ -190,18 +183,11 @@ def test_who_holds_all_experts_goes_on_without_the_lost_one_which_joins_later(
     with fleet_of(v3_model, *flags, **ENVIRONMENT, **redundant) as fleet, ThreadPoolExecutor(6) as pool:
         answers = everything(fleet, pool)
         fleet.wait_until(lambda status: status.num_requests_running > 1)
-        executor = fleet.executors()[1]
-        agent = executor.parent()
-        assert agent is not None
-        agent.suspend()
-        executor.kill()
-        try:
+        with fleet.without_executor(1):
             assert [answer.result(60) for answer in answers] == undisturbed
             status = fleet.status()
             assert (status.ready, num_serving(status)) == (True, 2)
             answers = everything(fleet, pool)
-        finally:
-            agent.resume()
         fleet.wait_until(lambda status: num_serving(status) == 3)
         answers += everything(fleet, pool)
         assert [answer.result(60) for answer in answers] == 2 * undisturbed
