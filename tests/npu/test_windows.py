@@ -1,14 +1,8 @@
-"""Rows through windows: the real operators of torch_npu over a fake HCCL whose windows are shared memory.
-
-Every worker is a process of its own, as an NPU wants it: a rank that registers its window holds Python's lock
-until its peers do.
-"""
+"""Rows through windows: the real operators of torch_npu over a fake HCCL whose windows are shared memory."""
 
 from __future__ import annotations
 
-import dataclasses
 import signal
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,52 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
-from common import process_group
 from common.errors import WorkerLost
 from common.exchange import StepHeader, collective_windows
-from common.exchange.collective import CollectiveRouterExchange, join_group
 from common.exchange.routing import RowShape
 from common.exchange.slot_tables import SlotTables
 from common.npu_windows import WindowLayout
 from common.placement import Placement, contiguous
 from tests.distributed import fleet_of_threads as fleet
-from tests.distributed.naive import LAYER, E, K, inputs, naive
+from tests.distributed.naive import LAYER, E, K, inputs
+from tests.npu.fleet_of_processes import FLOOR_S, NPU, ProcessFleet, assert_naive, process_fleet
 
-NPU = torch.device("npu")
 D = 1024
 CAPACITY = 24
 A2F, F2A, LANES = "aclnnAttentionToFFN", "aclnnFFNToAttention", "HcclAlltoAllV"
-FLOOR_S = 2.0
-
-
-@dataclasses.dataclass
-class WindowFleet:
-    """A router in this process and workers in their own."""
-
-    router: CollectiveRouterExchange
-    workers: list[subprocess.Popen[bytes]]
-    log: Path
-    step_id: int = 0
-
-    def run(self, *parts: tuple[Tensor, ...], level: int = 2, round_rows: int = 0) -> list[Tensor]:
-        """One step with these micro-batches, all of them dispatched before the first is combined."""
-        self.step_id += 1
-        most = max(len(given[0]) for given in parts)
-        step = StepHeader(fleet.TERM, fleet.EPOCH, self.step_id, level, most, len(parts), round_rows)
-        self.router.begin(step)
-        flights = [
-            self.router.dispatch(LAYER, number, *(one.to(NPU) for one in given))
-            for number, given in enumerate(parts)
-        ]
-        return [self.router.combine(flight).cpu() for flight in flights]
-
-    def calls(self) -> list[str]:
-        """What was called since this was asked last."""
-        lines = self.log.read_text().splitlines()
-        self.log.write_text("")
-        return lines
 
 
 @contextmanager
@@ -69,43 +31,12 @@ def windows(
     placement: Placement,
     log: Path,
     dtype: torch.dtype = torch.bfloat16,
-    delays: Sequence[float] = (0.0, 0.0, 0.0),
-) -> Iterator[WindowFleet]:
-    shape, store = RowShape(D, K, dtype), process_group.open_store(fleet.HOST)
-    size = placement.ep_size + 1
-    workers = [
-        fleet.start_worker(store, rank, placement, shape, delays[rank], "hccl")
-        for rank in range(placement.ep_size)
-    ]
+    delays: Sequence[float] = (),
+) -> Iterator[ProcessFleet]:
     layout = WindowLayout(CAPACITY, K, D, placement.ep_size * SlotTables(placement).most_local)
-    router = None
-    try:
-        prefix = f"g-{fleet.TERM}-{fleet.EPOCH}"
-        group = join_group(store.host, store.port, prefix, 0, size, 60.0, fleet.HOST, "hccl", layout)
-        names = [f"w{rank}" for rank in range(placement.ep_size)]
-        same = (names, placement, shape, fleet.TERM, [fleet.INCARNATION] * len(names))
-        # Nobody moves while it is waited for, and a dead worker does not answer.
-        router = CollectiveRouterExchange(
-            group, *same, FLOOR_S, lambda rank: 0 if workers[rank].poll() is None else None
-        )
-        one = WindowFleet(router, workers, log)
-        one.calls()
-        yield one
-    finally:
-        if router is not None:
-            router.close()
-        for worker in workers:
-            worker.send_signal(signal.SIGCONT)
-            worker.kill()
-            worker.wait(10)
-
-
-def expected(parts: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
-    return [naive(*given) for given in parts]
-
-
-def assert_same(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
-    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+    with process_fleet(placement, log, RowShape(D, K, dtype), layout, delays) as small:
+        small.calls()
+        yield small
 
 
 @pytest.mark.parametrize(("workers", "dtype"), [(1, torch.bfloat16), (3, torch.bfloat16), (2, torch.float16)])
@@ -115,18 +46,18 @@ def test_rows_have_the_bits_of_a_naive_loop_and_larger_steps_go_by_the_lanes(
     with windows(contiguous(E, workers, [LAYER]), calls, dtype) as small:
         for num_tokens in (1, 17, 0, CAPACITY, 2):
             given = inputs(num_tokens, dtype, D)
-            assert_same(small.run(given), expected([given]))
+            assert_naive(small.run(given), [given])
         seen = small.calls()
         assert seen.count(A2F) == 4
         assert seen.count(F2A) >= 4
         assert LANES not in seen
         given = inputs(CAPACITY + 1, dtype, D)
         for level in (2, 1):
-            assert_same(small.run(given, level=level), expected([given]))
+            assert_naive(small.run(given, level=level), [given])
         seen = small.calls()
         assert LANES in seen
         assert A2F not in seen
-        assert_same(small.run(inputs(3, dtype, D)), expected([inputs(3, dtype, D)]))
+        assert_naive(small.run(inputs(3, dtype, D)), [inputs(3, dtype, D)])
         assert A2F in small.calls()
 
 
@@ -136,9 +67,9 @@ def test_one_micro_batch_is_in_the_windows_at_a_time_and_a_full_buffer_keeps_row
     with windows(contiguous(E, 2, [LAYER]), calls) as small:
         parts = [inputs(num_tokens, torch.bfloat16, D) for num_tokens in (5, 0, 12, 2)]
         for _ in range(2):
-            assert_same(small.run(*parts), expected(parts))
+            assert_naive(small.run(*parts), parts)
         assert small.calls().count(A2F) == 2
-        assert_same(small.run(*parts[2:], round_rows=7), expected(parts[2:]))
+        assert_naive(small.run(*parts[2:], round_rows=7), parts[2:])
         assert small.calls().count(A2F) == 1  # of the part that has fewer rows
 
 
@@ -146,7 +77,7 @@ def test_replicas_and_workers_with_different_numbers_of_experts_are_reached(call
     placement = Placement({LAYER: ((0, 1, 2, 3, 8), (3, 4, 5), (6, 7, 0))})
     given = inputs(9, torch.bfloat16, D)
     with windows(placement, calls) as small:
-        assert_same(small.run(given), expected([given]))
+        assert_naive(small.run(given), [given])
         assert A2F in small.calls()
 
 
@@ -159,7 +90,7 @@ def test_a_worker_that_is_gone_in_the_middle_of_a_layer_is_missed_within_the_dea
         # Every token goes to two experts of worker 0 and one of worker 1; worker 2 is told nothing.
         given = (*inputs(9, torch.bfloat16, D)[:1], torch.tensor([[0, 4, 1]] * 9), torch.rand(9, K))
         if how != "stuck":
-            assert_same(small.run(given), expected([given]))
+            assert_naive(small.run(given), [given])
         num_kept, began = len(collective_windows._kept), time.monotonic()
         small.router.begin(StepHeader(fleet.TERM, fleet.EPOCH, 2, 2, 9))
         if how != "stuck":
@@ -198,7 +129,7 @@ def test_without_windows_rows_go_by_the_lanes(
     given = inputs(5, torch.bfloat16, D)
     with windows(contiguous(E, 2, [LAYER]), calls) as small:
         assert small.router._window is None
-        assert_same(small.run(given), expected([given]))
+        assert_naive(small.run(given), [given])
         assert A2F not in small.calls()
 
 
