@@ -4,81 +4,7 @@
 // A sum of K products has sixteen partial sums, element i going to sum i mod 16, which are added as a tree; a
 // blend of K rows adds them one after another. Neither depends on what is computed beside it.
 
-using Lanes = float __attribute__((vector_size(64)));
-using Words = uint32_t __attribute__((vector_size(64)));
-using Halves = uint16_t __attribute__((vector_size(32)));
-using Eight = float __attribute__((vector_size(32)));
-using Four = float __attribute__((vector_size(16)));
-
-INLINE Lanes load(const float* from) {
-  Lanes lanes;
-  std::memcpy(&lanes, from, sizeof lanes);
-  return lanes;
-}
-
-INLINE Lanes load(const Bfloat16* from) {
-  Halves halves;
-  std::memcpy(&halves, from, sizeof halves);
-  return bits_as<Lanes>(__builtin_convertvector(halves, Words) << 16);
-}
-
-// The first `count` lanes; 0 in the others.
-template <class T>
-INLINE Lanes load_some(const T* from, int64_t count) {
-  T whole[kLanes] = {};
-  std::memcpy(whole, from, count * sizeof(T));
-  return load(whole);
-}
-
-INLINE void store(const Lanes& lanes, float* to) { std::memcpy(to, &lanes, sizeof lanes); }
-
-INLINE void store(const Lanes& lanes, Bfloat16* to) {
-  float whole[kLanes];
-  store(lanes, whole);
-  for (int i = 0; i < kLanes; i++) narrow(whole[i], to + i);
-}
-
-template <class T>
-INLINE void store_some(const Lanes& lanes, int64_t count, T* to) {
-  T whole[kLanes];
-  store(lanes, whole);
-  std::memcpy(to, whole, count * sizeof(T));
-}
-
-INLINE Lanes spread(float x) { return Lanes{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
-
-// a * b + c, rounded once: one IEEE operation, which the compiler must not make of two by itself.
-INLINE Lanes fused(const Lanes& a, const Lanes& b, const Lanes& c) {
-#if FUSED_LANES == 16
-  return (Lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif FUSED_LANES == 8
-  __m256 left[2], right[2], sum[2];
-  std::memcpy(left, &a, sizeof a);
-  std::memcpy(right, &b, sizeof b);
-  std::memcpy(sum, &c, sizeof c);
-  for (int half = 0; half < 2; half++) sum[half] = _mm256_fmadd_ps(left[half], right[half], sum[half]);
-  Lanes lanes;
-  std::memcpy(&lanes, sum, sizeof lanes);
-  return lanes;
-#else
-  Lanes lanes;
-  for (int i = 0; i < kLanes; i++) lanes[i] = std::fma(a[i], b[i], c[i]);
-  return lanes;
-#endif
-}
-
-template <class Half, class Whole>
-INLINE Half added_halves(const Whole& whole) {
-  Half halves[2];
-  static_assert(sizeof halves == sizeof whole);
-  std::memcpy(halves, &whole, sizeof whole);
-  return halves[0] + halves[1];
-}
-
-INLINE float total(const Lanes& lanes) {
-  const Four four = added_halves<Four>(added_halves<Eight>(lanes));
-  return (four[0] + four[2]) + (four[1] + four[3]);
-}
+#include "float_lanes.h"
 
 template <class T>
 INLINE void widen_row(const T* x, int64_t count, float* to) {
@@ -121,9 +47,10 @@ INLINE void dots_tile(const float* a, int64_t a_stride, const B* b, int64_t b_st
 template <int kRows, class B>
 INLINE void dots_rows(const float* a, int64_t a_stride, const B* b, int64_t b_stride, int64_t columns,
                       int64_t size, float* out, int64_t out_stride) {
+  constexpr int kColumns = kRows == 1 ? 4 : kDotsColumns;
   int64_t column = 0;
-  for (; column + 4 <= columns; column += 4)
-    dots_tile<kRows, 4>(a, a_stride, b + column * b_stride, b_stride, size, out + column, out_stride);
+  for (; column + kColumns <= columns; column += kColumns)
+    dots_tile<kRows, kColumns>(a, a_stride, b + column * b_stride, b_stride, size, out + column, out_stride);
   for (; column < columns; column++)
     dots_tile<kRows, 1>(a, a_stride, b + column * b_stride, b_stride, size, out + column, out_stride);
 }
@@ -133,9 +60,9 @@ template <class B>
 INLINE void dots(const float* a, int64_t a_stride, int64_t rows, const B* b, int64_t b_stride,
                  int64_t columns, int64_t size, float* out, int64_t out_stride) {
   int64_t row = 0;
-  for (; row + 4 <= rows; row += 4)
-    dots_rows<4>(a + row * a_stride, a_stride, b, b_stride, columns, size, out + row * out_stride,
-                 out_stride);
+  for (; row + kDotsRows <= rows; row += kDotsRows)
+    dots_rows<kDotsRows>(a + row * a_stride, a_stride, b, b_stride, columns, size, out + row * out_stride,
+                         out_stride);
   for (; row < rows; row++)
     dots_rows<1>(a + row * a_stride, a_stride, b, b_stride, columns, size, out + row * out_stride,
                  out_stride);
@@ -150,7 +77,7 @@ INLINE void blend_tile(const float* a, int64_t a_stride, const B* b, int64_t b_s
   for (int row = 0; row < kRows; row++)
     for (int vector = 0; vector < kVectors; vector++) {
       const float* from = out + row * out_stride + vector * kLanes;
-      sums[row][vector] = (is_whole ? load(from) : load_some(from, columns)) * fading[row];
+      sums[row][vector] = (is_whole ? load(from) : load_some(from, columns)) * spread(fading[row]);
     }
   for (int64_t i = 0; i < size; i++) {
     Lanes right[kVectors];
@@ -177,10 +104,11 @@ INLINE void blend_tile(const float* a, int64_t a_stride, const B* b, int64_t b_s
 template <int kRows, class B>
 INLINE void blend_rows(const float* a, int64_t a_stride, const B* b, int64_t b_stride, int64_t columns,
                        int64_t size, const float* fading, float* out, int64_t out_stride) {
+  constexpr int kVectors = kRows == 1 ? 4 : kBlendVectors;
   int64_t column = 0;
-  for (; column + 4 * kLanes <= columns; column += 4 * kLanes)
-    blend_tile<kRows, 4>(a, a_stride, b + column, b_stride, size, fading, out + column, out_stride,
-                         4 * kLanes);
+  for (; column + kVectors * kLanes <= columns; column += kVectors * kLanes)
+    blend_tile<kRows, kVectors>(a, a_stride, b + column, b_stride, size, fading, out + column, out_stride,
+                                kVectors * kLanes);
   for (; column < columns; column += kLanes)
     blend_tile<kRows, 1>(a, a_stride, b + column, b_stride, size, fading, out + column, out_stride,
                          std::min<int64_t>(kLanes, columns - column));
@@ -191,9 +119,9 @@ template <class B>
 INLINE void blend(const float* a, int64_t a_stride, int64_t rows, const B* b, int64_t b_stride,
                   int64_t columns, int64_t size, const float* fading, float* out, int64_t out_stride) {
   int64_t row = 0;
-  for (; row + 4 <= rows; row += 4)
-    blend_rows<4>(a + row * a_stride, a_stride, b, b_stride, columns, size, fading + row,
-                  out + row * out_stride, out_stride);
+  for (; row + kBlendRows <= rows; row += kBlendRows)
+    blend_rows<kBlendRows>(a + row * a_stride, a_stride, b, b_stride, columns, size, fading + row,
+                           out + row * out_stride, out_stride);
   for (; row < rows; row++)
     blend_rows<1>(a + row * a_stride, a_stride, b, b_stride, columns, size, fading + row,
                   out + row * out_stride, out_stride);
@@ -205,11 +133,11 @@ void rms_norm(const T* x, const T* weight, float eps, int64_t size, T* out) {
   int64_t i = 0;
   for (; i + kLanes <= size; i += kLanes) {
     const Lanes lanes = load(x + i);
-    sums += lanes * lanes;
+    sums = sums + lanes * lanes;
   }
   if (i < size) {
     const Lanes lanes = load_some(x + i, size - i);
-    sums += lanes * lanes;
+    sums = sums + lanes * lanes;
   }
   const float factor = 1.0f / std::sqrt(total(sums) / static_cast<float>(size) + eps);
   for (i = 0; i < size; i++) {
