@@ -11,10 +11,10 @@
 namespace int8 {
 
 // Adds the jobs of `count` rows that meet the same weights.
-void add_jobs(std::vector<Job>& jobs, const Input& in, const Output& out, int64_t count, const Weight& first,
+void add_jobs(int path, std::vector<Job>& jobs, const Input& in, const Output& out, int64_t count, const Weight& first,
               const Weight& second) {
   const Weight& last = second.blocks ? second : first;
-  const int64_t segment = segment_of({in, out, count, {first, second}, 0});
+  const int64_t segment = segment_of(path_of(path), {in, out, count, {first, second}, 0});
   for (int64_t row = 0; row < count; row += segment)
     jobs.push_back(
         {in.from(row, first.k), out.from(row, last.n), std::min(segment, count - row), {first, second}, 0});
@@ -90,7 +90,7 @@ EXPORT void int8_quantise(int path, int threads, const float* x, int64_t m, int6
 EXPORT int int8_linear(int path, int threads, const int8_t* rows, const float* row_scales, int64_t m,
                        const Weight* weight, float* out) try {
   std::vector<Job> jobs;
-  add_jobs(jobs, {rows, row_scales, kInt8}, {out, kFloat}, m, *weight, {});
+  add_jobs(path, jobs, {rows, row_scales, kInt8}, {out, kFloat}, m, *weight, {});
   return run(path, std::move(jobs), 2, threads);
 } catch (const std::bad_alloc&) {
   return 1;
@@ -102,7 +102,7 @@ EXPORT int int8_quantising_linear(int path, int threads, int is_bfloat16, const 
                                   const Weight* weight, void* out) try {
   const Type type = is_bfloat16 ? kBfloat16 : kFloat;
   std::vector<Job> jobs;
-  add_jobs(jobs, {x, nullptr, type}, {out, type}, m, *weight, {});
+  add_jobs(path, jobs, {x, nullptr, type}, {out, type}, m, *weight, {});
   return run(path, std::move(jobs), 2, threads);
 } catch (const std::bad_alloc&) {
   return 1;
@@ -114,7 +114,7 @@ EXPORT int int8_mlp(int path, int threads, int is_bfloat16, const void* x, int64
                     void* out) try {
   const Type type = is_bfloat16 ? kBfloat16 : kFloat;
   std::vector<Job> jobs;
-  add_jobs(jobs, {x, nullptr, type}, {out, type}, m, weights[0], weights[1]);
+  add_jobs(path, jobs, {x, nullptr, type}, {out, type}, m, weights[0], weights[1]);
   return run(path, std::move(jobs), 4, threads);
 } catch (const std::bad_alloc&) {
   return 1;
@@ -131,7 +131,7 @@ EXPORT int int8_experts(int path, int threads, const int8_t* rows, const float* 
   Output to = {out, is_bfloat16 ? kBfloat16 : kFloat};
   for (int64_t expert = 0; expert < num_experts; expert++) {
     const Weight &gate_up = weights[expert * 2], &down = weights[expert * 2 + 1];
-    add_jobs(jobs, in, to, rows_of_expert[expert], gate_up, down);
+    add_jobs(path, jobs, in, to, rows_of_expert[expert], gate_up, down);
     in = in.from(rows_of_expert[expert], gate_up.k);
     to = to.from(rows_of_expert[expert], down.n);
   }

@@ -42,9 +42,9 @@ struct Weight {
 inline int64_t groups_of(int64_t k) { return ceil_div(k, 16) * 4; }
 inline int64_t block_bytes(int64_t groups) { return groups * 64 + 128; }
 
-// Some rows, four bytes of the first, four of the second, ...: each path reads them front to back.
+// Some rows, as the path lays them out: it reads them front to back.
 struct Tile {
-  const int32_t* rows;   // [G, rows], four int8 each
+  const uint8_t* rows;   // groups of four codes
   const uint32_t* sums;  // [rows], 128 * sum of the row, modulo 2^32
   const float* scales;   // [rows]
 };
@@ -55,6 +55,8 @@ using Multiply = void (*)(const Tile&, const Block&, float* out, int64_t stride,
 
 struct Path {
   Multiply multiply[kTile];  // by number of rows - 1
+  int64_t code_bytes;        // of one code in a tile
+  void (*lay_out)(const int8_t* rows, int64_t k, int64_t count, uint8_t* to);  // rows [count, K] -> a tile's
   int32_t (*sum)(const int8_t* row, int64_t count);
   float (*quantise)(const float* x, int64_t count, int8_t* codes);
   void (*swiglu)(float* gate, const float* up, int64_t count);
@@ -93,6 +95,20 @@ INLINE float quantise_row(const float* x, int64_t count, int8_t* codes) {
   return scale;
 }
 
+// -> [G, rows]: four codes of the first row, four of the second, ... Code: what a code is there, int8_t or wider.
+template <class Code>
+INLINE void lay_out_rows(const int8_t* rows, int64_t k, int64_t count, uint8_t* to) {
+  for (int64_t first = 0; first < k; first += 4)
+    for (int64_t row = 0; row < count; row++, to += 4 * sizeof(Code)) {
+      int8_t four[4] = {};
+      std::memcpy(four, rows + row * k + first, std::min<int64_t>(k - first, 4));
+      Code codes[4];
+      for (int i = 0; i < 4; i++) codes[i] = four[i];
+      std::memcpy(to, codes, sizeof codes);
+    }
+  std::memset(to, 0, (groups_of(k) - ceil_div(k, 4)) * count * 4 * sizeof(Code));
+}
+
 INLINE int32_t sum_row(const int8_t* row, int64_t count) {
   int32_t sum = 0;
   for (int64_t i = 0; i < count; i++) sum += row[i];
@@ -103,9 +119,11 @@ INLINE int32_t sum_row(const int8_t* row, int64_t count) {
 
 namespace portable {
 
+using Code = int8_t;
+
 template <int kRows>
 void multiply(const Tile& tile, const Block& block, float* out, int64_t stride, int64_t columns) {
-  const int8_t* rows = reinterpret_cast<const int8_t*>(tile.rows);
+  const auto* rows = reinterpret_cast<const int8_t*>(tile.rows);
   for (int row = 0; row < kRows; row++) {
     uint32_t sums[kOut] = {};
     for (int64_t group = 0; group < block.groups; group++) {
@@ -123,6 +141,9 @@ void multiply(const Tile& tile, const Block& block, float* out, int64_t stride, 
   }
 }
 
+void lay_out(const int8_t* rows, int64_t k, int64_t count, uint8_t* to) {
+  lay_out_rows<Code>(rows, k, count, to);
+}
 int32_t sum(const int8_t* row, int64_t count) { return sum_row(row, count); }
 float quantise(const float* x, int64_t count, int8_t* codes) { return quantise_row(x, count, codes); }
 void swiglu(float* gate, const float* up, int64_t count) { swiglu_row(gate, up, count); }
@@ -136,19 +157,22 @@ namespace avx2 {
 
 #define TARGET __attribute__((target("avx2")))
 
-// Products are summed in pairs as int32: vpmaddubsw, which takes bytes, would saturate at int16.
+// Products are summed in pairs as int32: vpmaddubsw, which takes bytes, would saturate at int16. Rows are widened
+// once for all blocks that they meet, and lie together with those that meet a block at the same time.
+using Code = int16_t;
+constexpr int64_t kAtOnce = 2;  // rows: as many as have their sums in registers
+
+constexpr int64_t kGroupsAtOnce = 128;  // of a block, which stay in the first cache while all rows meet them
+
 template <int kRows>
-TARGET inline void few_rows(const int32_t* rows, int64_t tile_rows, const Block& block,
-                            __m256i (&sums)[kRows][2]) {
+TARGET inline void few_rows(const int64_t* rows, const uint8_t* w, int64_t groups, __m256i (*sums)[4]) {
   __m256i pairs[kRows][4];
   for (int row = 0; row < kRows; row++)
-    for (int quarter = 0; quarter < 4; quarter++) pairs[row][quarter] = _mm256_setzero_si256();
-  for (int64_t group = 0; group < block.groups; group++) {
-    const uint8_t* w = block.codes + group * 64;
+    for (int quarter = 0; quarter < 4; quarter++) pairs[row][quarter] = sums[row][quarter];
+  for (int64_t group = 0; group < groups; group++, w += 64) {
     _mm_prefetch(reinterpret_cast<const char*>(w) + kPrefetchBytes, _MM_HINT_T1);
     __m256i x[kRows];
-    for (int row = 0; row < kRows; row++)
-      x[row] = _mm256_cvtepi8_epi16(_mm_set1_epi32(rows[group * tile_rows + row]));
+    for (int row = 0; row < kRows; row++) x[row] = _mm256_set1_epi64x(rows[group * kRows + row]);
 #pragma GCC unroll 4
     for (int quarter = 0; quarter < 4; quarter++) {
       const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w) + quarter);
@@ -158,43 +182,47 @@ TARGET inline void few_rows(const int32_t* rows, int64_t tile_rows, const Block&
     }
   }
   for (int row = 0; row < kRows; row++)
-    for (int half = 0; half < 2; half++)
-      sums[row][half] =
-          _mm256_permute4x64_epi64(_mm256_hadd_epi32(pairs[row][half * 2], pairs[row][half * 2 + 1]), 0xD8);
+    for (int quarter = 0; quarter < 4; quarter++) sums[row][quarter] = pairs[row][quarter];
 }
 
-template <int kRows>
-TARGET inline void store_rows(const Tile& tile, int first, const Block& block,
-                              const __m256i (&sums)[kRows][2], float* out, int64_t stride, int64_t columns) {
-  for (int row = 0; row < kRows; row++) {
-    float whole[kOut];
-    for (int half = 0; half < 2; half++) {
-      const __m256i bias = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block.bias()) + half);
-      const __m256i excess = _mm256_set1_epi32(static_cast<int32_t>(tile.sums[first + row]));
-      const __m256i exact = _mm256_add_epi32(_mm256_sub_epi32(sums[row][half], excess), bias);
-      const __m256 scaled =
-          _mm256_mul_ps(_mm256_cvtepi32_ps(exact), _mm256_loadu_ps(block.scales() + half * 8));
-      _mm256_storeu_ps(whole + half * 8, _mm256_mul_ps(scaled, _mm256_set1_ps(tile.scales[first + row])));
-    }
-    std::memcpy(out + (first + row) * stride, whole, columns * sizeof(float));
+TARGET inline void store_row(const Tile& tile, int row, const Block& block, const __m256i (&pairs)[4],
+                             float* out, int64_t columns) {
+  float whole[kOut];
+  for (int half = 0; half < 2; half++) {
+    const __m256i sum =
+        _mm256_permute4x64_epi64(_mm256_hadd_epi32(pairs[half * 2], pairs[half * 2 + 1]), 0xD8);
+    const __m256i bias = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block.bias()) + half);
+    const __m256i excess = _mm256_set1_epi32(static_cast<int32_t>(tile.sums[row]));
+    const __m256i exact = _mm256_add_epi32(_mm256_sub_epi32(sum, excess), bias);
+    const __m256 scaled =
+        _mm256_mul_ps(_mm256_cvtepi32_ps(exact), _mm256_loadu_ps(block.scales() + half * 8));
+    _mm256_storeu_ps(whole + half * 8, _mm256_mul_ps(scaled, _mm256_set1_ps(tile.scales[row])));
   }
+  std::memcpy(out, whole, columns * sizeof(float));
 }
 
 template <int kRows>
 TARGET void multiply(const Tile& tile, const Block& block, float* out, int64_t stride, int64_t columns) {
-  int row = 0;
-  for (; row + 2 <= kRows; row += 2) {
-    __m256i sums[2][2];
-    few_rows<2>(tile.rows + row, kRows, block, sums);
-    store_rows<2>(tile, row, block, sums, out, stride, columns);
+  const auto* rows = reinterpret_cast<const int64_t*>(tile.rows);
+  __m256i sums[kRows][4];
+  for (auto& row : sums)
+    for (__m256i& quarter : row) quarter = _mm256_setzero_si256();
+  for (int64_t group = 0; group < block.groups; group += kGroupsAtOnce) {
+    const int64_t groups = std::min(kGroupsAtOnce, block.groups - group);
+    const uint8_t* w = block.codes + group * 64;
+    int row = 0;
+    for (; row + kAtOnce <= kRows; row += kAtOnce)
+      few_rows<kAtOnce>(rows + row * block.groups + group * kAtOnce, w, groups, sums + row);
+    if (row < kRows) few_rows<1>(rows + row * block.groups + group, w, groups, sums + row);
   }
-  if (kRows % 2) {
-    __m256i sums[1][2];
-    few_rows<1>(tile.rows + row, kRows, block, sums);
-    store_rows<1>(tile, row, block, sums, out, stride, columns);
-  }
+  for (int row = 0; row < kRows; row++) store_row(tile, row, block, sums[row], out + row * stride, columns);
 }
 
+TARGET void lay_out(const int8_t* rows, int64_t k, int64_t count, uint8_t* to) {
+  for (int64_t row = 0; row < count; row += kAtOnce)
+    lay_out_rows<Code>(rows + row * k, k, std::min(kAtOnce, count - row),
+                       to + row * groups_of(k) * 4 * sizeof(Code));
+}
 TARGET int32_t sum(const int8_t* row, int64_t count) { return sum_row(row, count); }
 TARGET float quantise(const float* x, int64_t count, int8_t* codes) { return quantise_row(x, count, codes); }
 TARGET void swiglu(float* gate, const float* up, int64_t count) { swiglu_row(gate, up, count); }
@@ -209,6 +237,8 @@ namespace avx512 {
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
 
+using Code = int8_t;
+
 template <int kRows>
 TARGET void multiply(const Tile& tile, const Block& block, float* out, int64_t stride, int64_t columns) {
   // An instruction takes about four cycles to give its sum: few rows need several sums each.
@@ -216,7 +246,7 @@ TARGET void multiply(const Tile& tile, const Block& block, float* out, int64_t s
   __m512i sums[kStep][kRows];
   for (int step = 0; step < kStep; step++)
     for (int row = 0; row < kRows; row++) sums[step][row] = _mm512_setzero_si512();
-  const int32_t* x = tile.rows;
+  const auto* x = reinterpret_cast<const int32_t*>(tile.rows);
   for (int64_t group = 0; group < block.groups; group += kStep) {
 #pragma GCC unroll 4
     for (int step = 0; step < kStep; step++) {
@@ -243,6 +273,9 @@ TARGET void multiply(const Tile& tile, const Block& block, float* out, int64_t s
   }
 }
 
+TARGET void lay_out(const int8_t* rows, int64_t k, int64_t count, uint8_t* to) {
+  lay_out_rows<Code>(rows, k, count, to);
+}
 TARGET int32_t sum(const int8_t* row, int64_t count) { return sum_row(row, count); }
 TARGET float quantise(const float* x, int64_t count, int8_t* codes) { return quantise_row(x, count, codes); }
 TARGET void swiglu(float* gate, const float* up, int64_t count) { swiglu_row(gate, up, count); }
@@ -256,8 +289,8 @@ TARGET void narrow(const float* x, int64_t count, Bfloat16* to) { narrow_row(x, 
 
 #define PATH(space)                                                                             \
   Path {                                                                                        \
-    {space::multiply<kIndex + 1>...}, space::sum, space::quantise, space::swiglu, space::widen, \
-        space::narrow                                                                           \
+    {space::multiply<kIndex + 1>...}, sizeof(space::Code), space::lay_out, space::sum,          \
+        space::quantise, space::swiglu, space::widen, space::narrow                             \
   }
 
 template <int... kIndex>

@@ -59,17 +59,18 @@ struct Job {
 };
 
 // What a slot of the workspace has for each row, in bytes.
-int64_t row_bytes(const Job& job) {
+int64_t row_bytes(const Path& path, const Job& job) {
   const int64_t k = job.weights[0].k, size = job.weights[1].blocks ? job.weights[1].k : 0;
   const int64_t codes = job.in.type == kInt8 ? 0 : k;
   const int64_t gate_up = ceil_div(2 * size, kOut) * kOut;
   const int64_t sums_and_scales = 16;
-  return groups_of(k) * 4 + codes + gate_up * 4 + groups_of(size) * 4 + size + sums_and_scales;
+  const int64_t tiles = (groups_of(k) + groups_of(size)) * 4 * path.code_bytes;
+  return tiles + codes + gate_up * 4 + size + sums_and_scales;
 }
 
 // Most rows of a job like this one.
-int64_t segment_of(const Job& job) {
-  const int64_t rows = kWorkspace / row_bytes(job) / kTile * kTile;
+int64_t segment_of(const Path& path, const Job& job) {
+  const int64_t rows = kWorkspace / row_bytes(path, job) / kTile * kTile;
   return std::min(std::max(rows, kLeastSegment), kSegment);
 }
 
@@ -98,33 +99,25 @@ struct Step {
 };
 
 struct Tiles {
-  std::unique_ptr<int32_t[]> rows;
+  std::unique_ptr<uint8_t[]> rows;
   std::unique_ptr<uint32_t[]> sums;
   std::unique_ptr<float[]> scales;
-  int64_t groups = 0;
+  int64_t row_bytes = 0;
 
-  void reserve(int64_t num_rows, int64_t k) {
-    groups = groups_of(k);
-    rows.reset(new int32_t[num_rows * groups]);
+  void reserve(const Path& path, int64_t num_rows, int64_t k) {
+    row_bytes = groups_of(k) * 4 * path.code_bytes;
+    rows.reset(new uint8_t[num_rows * row_bytes]);
     sums.reset(new uint32_t[num_rows]);
     scales.reset(new float[num_rows]);
   }
   // Writes rows `first` ... `first + count - 1`, which are one tile; from: [count, k].
   void fill(const Path& path, int64_t first, int64_t count, const int8_t* from, int64_t k) {
-    int32_t* to = rows.get() + first * groups;
-    for (int64_t group = 0; group < k / 4; group++)
-      for (int64_t row = 0; row < count; row++) std::memcpy(to++, from + row * k + group * 4, 4);
-    for (int64_t group = k / 4; group < groups; group++)
-      for (int64_t row = 0; row < count; row++) {
-        int8_t last[4] = {};
-        if (group * 4 < k) std::memcpy(last, from + row * k + group * 4, k - group * 4);
-        std::memcpy(to++, last, 4);
-      }
+    path.lay_out(from, k, count, rows.get() + first * row_bytes);
     for (int64_t row = 0; row < count; row++)
       sums[first + row] = static_cast<uint32_t>(path.sum(from + row * k, k)) * 128;
   }
   Tile tile(int64_t first) const {
-    return {rows.get() + first * groups, sums.get() + first, scales.get() + first};
+    return {rows.get() + first * row_bytes, sums.get() + first, scales.get() + first};
   }
 };
 
@@ -148,7 +141,7 @@ class Run {
     for (const Job& job : jobs_) most_rows = std::max(most_rows, job.num_rows);
     // One more than there are stages: a slot's last job has left it one round before the next one enters.
     const int most = std::min(num_jobs, num_stages + 1);
-    const int64_t fitting = std::max<int64_t>(kWorkspace / (most_rows * row_bytes(jobs_[0])), 1);
+    const int64_t fitting = std::max<int64_t>(kWorkspace / (most_rows * row_bytes(path, jobs_[0])), 1);
     slots_.resize(std::min<int64_t>(fitting, most));
     // With fewer, so many jobs have begun all their stages before the next ones enter.
     const int at_once = fitting < most ? static_cast<int>(fitting) : num_jobs;
@@ -187,13 +180,13 @@ class Run {
   void reserve(Slot& slot, int64_t rows) const {
     const Job& job = jobs_[0];
     const int64_t k = job.weights[0].k;
-    slot.in.reserve(rows, k);
+    slot.in.reserve(path_, rows, k);
     if (job.in.type != kInt8) slot.codes[0].reset(new int8_t[rows * k]);
     if (job.in.type == kBfloat16) slot.wide.reset(new float[ceil_div(rows, kTile) * k]);
     if (num_stages_ == 2) return;
     const int64_t size = job.weights[1].k;
     slot.gate_up.reset(new float[rows * ceil_div(2 * size, kOut) * kOut]);
-    slot.hidden.reserve(rows, size);
+    slot.hidden.reserve(path_, rows, size);
     slot.codes[1].reset(new int8_t[rows * size]);
   }
 
