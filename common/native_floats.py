@@ -1,4 +1,4 @@
-"""Float kernels of common/native: sums over slots, norms, SwiGLU, rotation, gate, absorbed attention.
+"""Float kernels of common/native: linears, sums over slots, norms, SwiGLU, rotation, gate, attention.
 
 A row gets the same bits in every company, at every number of threads and on every processor: each float
 operation is one IEEE operation in a fixed order. Tensors are float32 or bfloat16.
@@ -21,6 +21,8 @@ from common.native.compiler import LIBRARY
 from common.native_library import PATHS, best_path, open_library
 
 BFLOAT16 = torch.bfloat16
+TASK_OUTPUTS = 32
+"""Outputs of `linear` that one thread computes at a time: their weights, widened, stay in its cache."""
 _POINTER, _SIZE, _NUMBER, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
     "float_rms_norm": [_NUMBER, _NUMBER, _NUMBER, _POINTER, *[_SIZE] * 3, _POINTER, _FLOAT, _POINTER],
@@ -142,6 +144,28 @@ class NativeFloats:
         )
         _check(failure, x.shape[0])
         return output
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:  # [M, K], [N, K] -> [M, N]
+        """Multiply rows by a weight, adding up in float32 and rounding once.
+
+        Raises:
+            ValueError: they are of other dtypes than float32 or bfloat16, or do not belong together.
+        """
+        if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+            raise ValueError(
+                f"rows {list(x.shape)} cannot be multiplied by a weight {list(weight.shape)}: "
+                "give [M, K] and [N, K]"
+            )
+        # Some outputs at a time, like heads that all have the same rows: so many are one task.
+        num_out = weight.shape[0]
+        num_whole = num_out // TASK_OUTPUTS * TASK_OUTPUTS
+        products = []
+        for part, size in ((weight[:num_whole], TASK_OUTPUTS), (weight[num_whole:], num_out - num_whole)):
+            if len(part):
+                heads = part.reshape(-1, size, part.shape[1])
+                shared = x.unsqueeze(1).expand(-1, len(heads), -1)
+                products.append(self.per_head_linear(shared, heads).view(x.shape[0], len(part)))
+        return products[0] if len(products) == 1 else torch.cat(products, dim=1)
 
     def latent_attention(
         self,

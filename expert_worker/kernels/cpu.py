@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from common import int8_rows, native_bf16
+from common.cpu_linear import linear
 from common.native_bf16 import NativeBf16
 from common.quantization.w8a8 import Int8Weight
-from common.rows import linear, swiglu
+from common.rows import swiglu
 from expert_worker.kernels import PackedExperts, PackedInt8Experts
 from expert_worker.kernels.reference import expand_rows, join, join_int8, pack
 

@@ -6,10 +6,10 @@ D hidden_size.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from common import native_bf16, rows
+from common import rows
+from common.cpu_linear import linear
 from common.int8_rows import (
     int8_linear,
     int8_mlp,
@@ -48,15 +48,6 @@ MLP_ELEMENTS = 3 << 20
 """Most elements of gate, of up and of their product: 6 MiB each in bfloat16."""
 LEAST_MLP_ROWS = 64
 """Rows an MLP is given in any case: fewer take longer for each."""
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [T, in], [out, in] -> [T, out]
-    """Multiply every row by the weight; the bias [out] is added after the product was rounded."""
-    native = native_bf16.installed() if x.dtype == torch.bfloat16 else None
-    if native is None:
-        return rows.linear(x, weight, bias)
-    output = native.linear(x, weight)
-    return output if bias is None else output + bias
 
 
 def gate_logits(x: Tensor, weight: Tensor) -> Tensor:  # [T, D], [E, D] float32 -> [T, E] float32

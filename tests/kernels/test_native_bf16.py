@@ -1,4 +1,4 @@
-"""The native bfloat16 kernel: right beside float64, and the same bits for a row in every company."""
+"""The native kernels for bfloat16: right beside float64, and the same bits for a row in every company."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from torch import Tensor
 
 import expert_worker.kernels.cpu
 import router.kernels.cpu
-from common import native_bf16, native_floats, rows
+from common import cpu_linear, native_bf16, native_floats, native_library, rows
 from common.errors import ConfigError
 from common.native_bf16 import NativeBf16
 from expert_worker.experts import LayerExperts
 from tests.kernels.comparing import ROW_COUNTS, THREAD_COUNTS, num_threads, randn, some_rows
 
 BFLOAT16 = torch.bfloat16
+Linear = Callable[[Tensor, Tensor], Tensor]
 needs_kernel = pytest.mark.skipif(
     native_bf16.why_unavailable() is not None, reason=str(native_bf16.why_unavailable())
 )
@@ -37,6 +38,17 @@ def kernel() -> NativeBf16:
     return native_bf16.load()
 
 
+@pytest.fixture(params=["AVX-512 BF16", "float32"])
+def linear(request: pytest.FixtureRequest) -> Linear:
+    """The product of each kernel that multiplies bfloat16 somewhere."""
+    if request.param == "AVX-512 BF16":
+        linear: Linear = request.getfixturevalue("kernel").linear
+        return linear
+    if native_library.why_unavailable() is not None:
+        pytest.skip(str(native_library.why_unavailable()))
+    return native_floats.load().linear
+
+
 def some_weight(seed: int, num_out: int, num_in: int) -> Tensor:
     return (randn(seed, num_out, num_in) * num_in**-0.5).to(BFLOAT16)
 
@@ -50,10 +62,10 @@ def assert_rounded_once(output: Tensor, x: Tensor, weight: Tensor) -> None:
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, *LARGE_SHAPES], ids=str)
-def test_a_product_is_that_of_float64_rounded_once(kernel: NativeBf16, shape: tuple[int, int]) -> None:
+def test_a_product_is_that_of_float64_rounded_once(linear: Linear, shape: tuple[int, int]) -> None:
     weight, x = some_weight(1, *shape), randn(2, 77, shape[1], dtype=BFLOAT16)
     for count in (1, 7, 16, 77):
-        assert_rounded_once(kernel.linear(x[:count], weight), x[:count], weight)
+        assert_rounded_once(linear(x[:count], weight), x[:count], weight)
 
 
 @pytest.mark.parametrize(
@@ -62,37 +74,37 @@ def test_a_product_is_that_of_float64_rounded_once(kernel: NativeBf16, shape: tu
     ids=str,
 )
 def test_a_row_gets_the_same_bits_in_every_batch_and_with_any_number_of_threads(
-    kernel: NativeBf16, shape: tuple[int, int], counts: tuple[int, ...]
+    linear: Linear, shape: tuple[int, int], counts: tuple[int, ...]
 ) -> None:
     weight, x = some_weight(1, *shape), randn(2, 600, shape[1], dtype=BFLOAT16)
     with num_threads(1):
-        expected = kernel.linear(x, weight)
+        expected = linear(x, weight)
     for threads in THREAD_COUNTS:
         with num_threads(threads):
             for count in counts:
                 chosen = some_rows(count * 10 + threads, count, len(x))
-                assert torch.equal(kernel.linear(x[chosen], weight), expected[chosen]), (count, threads)
+                assert torch.equal(linear(x[chosen], weight), expected[chosen]), (count, threads)
 
 
-def test_more_rows_than_are_computed_at_once_get_the_bits_of_a_few(kernel: NativeBf16) -> None:
+def test_more_rows_than_are_computed_at_once_get_the_bits_of_a_few(linear: Linear) -> None:
     weight, x = some_weight(1, 40, 96), randn(2, 4500, 96, dtype=BFLOAT16)
-    expected = torch.cat([kernel.linear(some, weight) for some in x.split(7)])
-    assert torch.equal(kernel.linear(x, weight), expected)
+    expected = torch.cat([linear(some, weight) for some in x.split(7)])
+    assert torch.equal(linear(x, weight), expected)
 
 
-def test_halves_are_rounded_to_even(kernel: NativeBf16) -> None:
+def test_halves_are_rounded_to_even(linear: Linear) -> None:
     x = torch.tensor([[1, 2.0**-8], [1 + 2.0**-7, 2.0**-8], [-1, -(2.0**-8)], [1, 2.0**-8 + 2.0**-15]])
-    output = kernel.linear(x.to(BFLOAT16), torch.ones(1, 2, dtype=BFLOAT16))
+    output = linear(x.to(BFLOAT16), torch.ones(1, 2, dtype=BFLOAT16))
     assert output.flatten().tolist() == [1, 1 + 2.0**-6, -1, 1 + 2.0**-7]
 
 
-def test_a_sum_is_kept_in_float32_until_it_is_whole(kernel: NativeBf16) -> None:
+def test_a_sum_is_kept_in_float32_until_it_is_whole(linear: Linear) -> None:
     x = torch.tensor([[256.0, 1.0, -256.0]], dtype=BFLOAT16).repeat_interleave(64, dim=1)
-    assert kernel.linear(x, torch.ones(1, 192, dtype=BFLOAT16)).item() == 64
+    assert linear(x, torch.ones(1, 192, dtype=BFLOAT16)).item() == 64
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_nothing_beside_a_weight_or_the_rows_is_used(kernel: NativeBf16, shape: tuple[int, int]) -> None:
+def test_nothing_beside_a_weight_or_the_rows_is_used(linear: Linear, shape: tuple[int, int]) -> None:
     num_out, num_in = shape
     memory = torch.full((num_out * num_in + 200,), torch.nan, dtype=BFLOAT16)
     weight = memory[99 : 99 + num_out * num_in].view(num_out, num_in)
@@ -101,23 +113,23 @@ def test_nothing_beside_a_weight_or_the_rows_is_used(kernel: NativeBf16, shape: 
     x = wide[::2, 7 : 7 + num_in]  # neither rows nor their elements begin at any particular address
     x.copy_(randn(2, 45, num_in))
     for count in (1, 9, 12, 45):
-        assert_rounded_once(kernel.linear(x[:count], weight), x[:count], weight)
+        assert_rounded_once(linear(x[:count], weight), x[:count], weight)
 
 
 @pytest.mark.parametrize("count", [1, 10, 13, 70])
-def test_a_row_that_is_not_finite_stays_alone(kernel: NativeBf16, count: int) -> None:
+def test_a_row_that_is_not_finite_stays_alone(linear: Linear, count: int) -> None:
     weight, x = some_weight(1, 40, 50), randn(2, count, 50, dtype=BFLOAT16)
-    expected = kernel.linear(x, weight)
+    expected = linear(x, weight)
     x[count // 2, 3], x[0, 49] = torch.nan, torch.inf
-    output = kernel.linear(x, weight)
+    output = linear(x, weight)
     others = [row for row in range(count) if row not in (0, count // 2)]
     assert torch.equal(output[others], expected[others])
     assert output[count // 2].isnan().all()
     assert not output[0].isfinite().any()
 
 
-def test_no_rows_give_no_rows(kernel: NativeBf16) -> None:
-    assert kernel.linear(torch.empty(0, 50, dtype=BFLOAT16), some_weight(1, 40, 50)).shape == (0, 40)
+def test_no_rows_give_no_rows(linear: Linear) -> None:
+    assert linear(torch.empty(0, 50, dtype=BFLOAT16), some_weight(1, 40, 50)).shape == (0, 40)
 
 
 class Layer:
@@ -179,24 +191,29 @@ def test_a_layer_gives_the_same_bits_grouped_or_not_and_reports_progress_either_
     assert torch.equal(*outputs)
 
 
-@needs_kernel
-def test_the_router_multiplies_bfloat16_by_this_kernel_and_float32_by_torch() -> None:
+def test_bfloat16_is_multiplied_by_the_kernel_of_this_processor_and_float32_by_torch() -> None:
     weight, x, bias = some_weight(1, 48, 64), randn(2, 5, 64, dtype=BFLOAT16), randn(3, 48, dtype=BFLOAT16)
-    linear = router.kernels.cpu.linear
-    assert torch.equal(linear(x, weight, None), native_bf16.load().linear(x, weight))
-    assert torch.equal(linear(x, weight, bias), native_bf16.load().linear(x, weight) + bias)
-    assert torch.equal(linear(x.float(), weight.float(), None), rows.linear(x.float(), weight.float()))
+    own = native_bf16.installed() or native_floats.installed() or rows
+    assert torch.equal(cpu_linear.linear(x, weight), own.linear(x, weight))
+    assert torch.equal(cpu_linear.linear(x, weight, bias), own.linear(x, weight) + bias)
+    assert torch.equal(cpu_linear.linear(x.float(), weight.float()), rows.linear(x.float(), weight.float()))
 
 
-def test_without_the_kernel_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_built", [True, False])
+def test_without_the_instructions_floats_are_multiplied_and_without_a_library_torch_does_it(
+    is_built: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(native_bf16, "installed", lambda: None)
+    if not is_built:
+        monkeypatch.setattr(native_floats, "installed", lambda: None)
+    own = native_floats.installed() or rows
     weight, x = some_weight(1, 48, 64), randn(2, 5, 64, dtype=BFLOAT16)
-    assert torch.equal(router.kernels.cpu.linear(x, weight, None), rows.linear(x, weight))
+    assert torch.equal(router.kernels.cpu.linear(x, weight, None), own.linear(x, weight))
     cpu = expert_worker.kernels.cpu
     packed = cpu.pack(*([some_weight(seed, 16, 16)] for seed in (1, 2, 3)))
     assert not cpu.is_fused(packed)
-    gate, up = rows.linear(x[:, :16], packed.gate_up[0]).chunk(2, dim=-1)
-    expected = rows.linear(rows.swiglu(gate, up), packed.down[0])
+    gate, up = own.linear(x[:, :16], packed.gate_up[0]).chunk(2, dim=-1)
+    expected = own.linear(rows.swiglu(gate, up), packed.down[0])
     assert torch.equal(cpu.experts(x[:, :16], None, torch.tensor([5]), packed), expected)
 
 
@@ -217,6 +234,11 @@ def test_rows_and_weights_that_do_not_belong_together_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=r"cannot be multiplied by a weight .*: give bfloat16 \[M, K\]"):
         kernel.linear(x, weight)
+
+
+def test_rows_of_another_length_than_the_weight_has_are_refused(linear: Linear) -> None:
+    with pytest.raises(ValueError, match=r"rows \[2, 31\].* cannot be multiplied by a weight \[16, 32\]"):
+        linear(torch.ones(2, 31, dtype=BFLOAT16), torch.ones(16, 32, dtype=BFLOAT16))
 
 
 def test_experts_that_do_not_belong_together_are_refused(kernel: NativeBf16) -> None:
