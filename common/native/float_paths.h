@@ -47,7 +47,7 @@ INLINE void dots_tile(const float* a, int64_t a_stride, const B* b, int64_t b_st
 template <int kRows, class B>
 INLINE void dots_rows(const float* a, int64_t a_stride, const B* b, int64_t b_stride, int64_t columns,
                       int64_t size, float* out, int64_t out_stride) {
-  constexpr int kColumns = kRows == 1 ? 4 : kDotsColumns;
+  constexpr int kColumns = kRows == 1 ? kOfOneRow : kDotsColumns;
   int64_t column = 0;
   for (; column + kColumns <= columns; column += kColumns)
     dots_tile<kRows, kColumns>(a, a_stride, b + column * b_stride, b_stride, size, out + column, out_stride);
@@ -104,7 +104,7 @@ INLINE void blend_tile(const float* a, int64_t a_stride, const B* b, int64_t b_s
 template <int kRows, class B>
 INLINE void blend_rows(const float* a, int64_t a_stride, const B* b, int64_t b_stride, int64_t columns,
                        int64_t size, const float* fading, float* out, int64_t out_stride) {
-  constexpr int kVectors = kRows == 1 ? 4 : kBlendVectors;
+  constexpr int kVectors = kRows == 1 ? kOfOneRow : kBlendVectors;
   int64_t column = 0;
   for (; column + kVectors * kLanes <= columns; column += kVectors * kLanes)
     blend_tile<kRows, kVectors>(a, a_stride, b + column, b_stride, size, fading, out + column, out_stride,
