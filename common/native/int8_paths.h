@@ -170,7 +170,9 @@ TARGET inline void few_rows(const int64_t* rows, const uint8_t* w, int64_t group
   for (int row = 0; row < kRows; row++)
     for (int quarter = 0; quarter < 4; quarter++) pairs[row][quarter] = sums[row][quarter];
   for (int64_t group = 0; group < groups; group++, w += 64) {
-    _mm_prefetch(reinterpret_cast<const char*>(w) + kPrefetchBytes, _MM_HINT_T1);
+    // What one row reads only once goes past the shared cache, as in the path below.
+    _mm_prefetch(reinterpret_cast<const char*>(w) + (kRows > 1 ? kPrefetchBytes : kPrefetchBytes / 8),
+                 kRows > 1 ? _MM_HINT_T1 : _MM_HINT_NTA);
     __m256i x[kRows];
     for (int row = 0; row < kRows; row++) x[row] = _mm256_set1_epi64x(rows[group * kRows + row]);
 #pragma GCC unroll 4
@@ -180,6 +182,9 @@ TARGET inline void few_rows(const int64_t* rows, const uint8_t* w, int64_t group
       for (int row = 0; row < kRows; row++)
         pairs[row][quarter] = _mm256_add_epi32(pairs[row][quarter], _mm256_madd_epi16(wide, x[row]));
     }
+    // GCC would move every sum to another register, and one to memory, each time around.
+    for (int row = 0; row < kRows; row++)
+      for (int quarter = 0; quarter < 4; quarter++) asm("" : "+x"(pairs[row][quarter]));
   }
   for (int row = 0; row < kRows; row++)
     for (int quarter = 0; quarter < 4; quarter++) sums[row][quarter] = pairs[row][quarter];
