@@ -147,6 +147,6 @@ def installed() -> NativeBf16 | None:
     """Return the kernel beside this package, or None where it cannot be used."""
     why = why_unavailable()
     if why is not None:
-        logger.info("%s; bfloat16 is widened to float32 and multiplied", why)
+        logger.info("the native bfloat16 kernel is not used: %s", why)
         return None
     return load()

@@ -11,8 +11,8 @@
 namespace int8 {
 
 // Adds the jobs of `count` rows that meet the same weights.
-void add_jobs(int path, std::vector<Job>& jobs, const Input& in, const Output& out, int64_t count, const Weight& first,
-              const Weight& second) {
+void add_jobs(int path, std::vector<Job>& jobs, const Input& in, const Output& out, int64_t count,
+              const Weight& first, const Weight& second) {
   const Weight& last = second.blocks ? second : first;
   const int64_t segment = segment_of(path_of(path), {in, out, count, {first, second}, 0});
   for (int64_t row = 0; row < count; row += segment)

@@ -95,18 +95,27 @@ INLINE float quantise_row(const float* x, int64_t count, int8_t* codes) {
   return scale;
 }
 
-// -> [G, rows]: four codes of the first row, four of the second, ... Code: what a code is there, int8_t or wider.
+// Code: what a code is in a tile, int8_t or wider.
+template <class Code>
+INLINE void put_four(const int8_t* from, uint8_t* to) {
+  Code codes[4];
+  for (int i = 0; i < 4; i++) codes[i] = from[i];
+  std::memcpy(to, codes, sizeof codes);
+}
+
+// -> [G, rows]: four codes of the first row, four of the second, ...
 template <class Code>
 INLINE void lay_out_rows(const int8_t* rows, int64_t k, int64_t count, uint8_t* to) {
-  for (int64_t first = 0; first < k; first += 4)
-    for (int64_t row = 0; row < count; row++, to += 4 * sizeof(Code)) {
-      int8_t four[4] = {};
-      std::memcpy(four, rows + row * k + first, std::min<int64_t>(k - first, 4));
-      Code codes[4];
-      for (int i = 0; i < 4; i++) codes[i] = four[i];
-      std::memcpy(to, codes, sizeof codes);
-    }
-  std::memset(to, 0, (groups_of(k) - ceil_div(k, 4)) * count * 4 * sizeof(Code));
+  constexpr int64_t kFour = 4 * sizeof(Code);
+  const int64_t whole = k / 4 * 4;
+  for (int64_t first = 0; first < whole; first += 4)
+    for (int64_t row = 0; row < count; row++, to += kFour) put_four<Code>(rows + row * k + first, to);
+  std::memset(to, 0, (groups_of(k) - whole / 4) * count * kFour);
+  for (int64_t row = 0; row < count && whole < k; row++) {
+    int8_t last[4] = {};
+    std::memcpy(last, rows + row * k + whole, k - whole);
+    put_four<Code>(last, to + row * kFour);
+  }
 }
 
 INLINE int32_t sum_row(const int8_t* row, int64_t count) {
@@ -157,11 +166,10 @@ namespace avx2 {
 
 #define TARGET __attribute__((target("avx2")))
 
-// Products are summed in pairs as int32: vpmaddubsw, which takes bytes, would saturate at int16. Rows are widened
-// once for all blocks that they meet, and lie together with those that meet a block at the same time.
+// Products are summed in pairs as int32: vpmaddubsw, which takes bytes, would saturate at int16. Rows are
+// widened once for all blocks that they meet, and lie together with those that meet a block at the same time.
 using Code = int16_t;
 constexpr int64_t kAtOnce = 2;  // rows: as many as have their sums in registers
-
 constexpr int64_t kGroupsAtOnce = 128;  // of a block, which stay in the first cache while all rows meet them
 
 template <int kRows>
