@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 SOURCES = tuple(
-    Path(__file__).with_name(name) for name in ("bf16.cpp", "floats.cpp", "int8.cpp", "routing.cpp")
+    Path(__file__).with_name(name)
+    for name in ("bf16.cpp", "floats.cpp", "gate.cpp", "int8.cpp", "routing.cpp")
 )
 LIBRARY = Path(__file__).with_name("kernels.so")
 COMPILERS = ("g++", "clang++")

@@ -1,14 +1,14 @@
 """The router's operations on a CPU, each row-invariant: by the native kernels where they were built.
 
 Shapes: T tokens, N tokens on the decode path, H heads, C kv_lora_rank, R qk_rope_head_dim, E experts,
-D hidden_size.
+K experts per token, D hidden_size.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from common import rows
+from common import native_gate, rows
 from common.cpu_linear import linear
 from common.int8_rows import (
     int8_linear,
@@ -18,9 +18,9 @@ from common.int8_rows import (
     quantize_rows_static,
     quantizing_linear,
 )
+from common.model_config import ModelConfig
 from common.native_floats import installed
-from router.kernels import reference, tiled_attention
-from router.kernels.gate import choose_experts
+from router.kernels import gate, reference, tiled_attention
 from router.kernels.reference import gather_latents
 
 __all__ = [
@@ -84,6 +84,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # [T, H, R], 2 x [T,
     """Turn each pair of neighbours by its angle."""
     native = installed()
     return reference.rotate(x, cos, sin) if native is None else native.rotate(x, cos, sin)
+
+
+def choose_experts(
+    logits: Tensor, bias: Tensor | None, config: ModelConfig
+) -> tuple[Tensor, Tensor]:  # [T, E], [E] -> [T, K] int64, [T, K] float32
+    """Score all experts, take K of them, weigh those."""
+    native = native_gate.installed()
+    choose = gate.choose_experts if native is None else native.choose_experts
+    return choose(logits, bias, config)
 
 
 def store_latents(cache: Tensor, slot_mapping: Tensor, kv_c: Tensor, k_pe: Tensor) -> None:
