@@ -13,6 +13,7 @@ struct Lanes {
 
 // Eight registers of sums: as many products as are under way at once, of the sixteen registers there are.
 constexpr int kDotsRows = 2, kDotsColumns = 2, kBlendRows = 4, kBlendVectors = 1, kOfOneRow = 4;
+constexpr int kStreamColumns = 1, kStreamLines = 8;
 
 INLINE Lanes operator+(const Lanes& a, const Lanes& b) { return {a.low + b.low, a.high + b.high}; }
 INLINE Lanes operator*(const Lanes& a, const Lanes& b) { return {a.low * b.low, a.high * b.high}; }
@@ -45,8 +46,10 @@ using Halves = uint16_t __attribute__((vector_size(32)));
 
 #if FUSED_LANES == 16
 constexpr int kDotsRows = 4, kDotsColumns = 4, kBlendRows = 4, kBlendVectors = 4, kOfOneRow = 4;
+constexpr int kStreamColumns = 4, kStreamLines = 8;
 #else  // larger tiles are not faster without such registers, and take the compiler a minute
 constexpr int kDotsRows = 2, kDotsColumns = 1, kBlendRows = 2, kBlendVectors = 1, kOfOneRow = 1;
+constexpr int kStreamColumns = 1, kStreamLines = 1;
 #endif
 
 INLINE Lanes load(const float* from) {

@@ -27,10 +27,7 @@ INLINE void dots_tile(const float* a, int64_t a_stride, const B* b, int64_t b_st
   int64_t i = 0;
   for (; i + kLanes <= size; i += kLanes) {
     for (int row = 0; row < kRows; row++) left[row] = load(a + row * a_stride + i);
-    for (int column = 0; column < kColumns; column++) {
-      if (kRows == 1) __builtin_prefetch(b + (column + 2 * kColumns) * b_stride + i);
-      right[column] = load(b + column * b_stride + i);
-    }
+    for (int column = 0; column < kColumns; column++) right[column] = load(b + column * b_stride + i);
     add(left, right);
   }
   if (i < size) {
@@ -83,7 +80,6 @@ INLINE void blend_tile(const float* a, int64_t a_stride, const B* b, int64_t b_s
     Lanes right[kVectors];
     for (int vector = 0; vector < kVectors; vector++) {
       const B* from = b + i * b_stride + vector * kLanes;
-      if (kRows == 1) __builtin_prefetch(from + 16 * b_stride);
       right[vector] = is_whole ? load(from) : load_some(from, columns);
     }
 #pragma GCC unroll 4
@@ -126,6 +122,8 @@ INLINE void blend(const float* a, int64_t a_stride, int64_t rows, const B* b, in
     blend_rows<1>(a + row * a_stride, a_stride, b, b_stride, columns, size, fading + row,
                   out + row * out_stride, out_stride);
 }
+
+#include "float_streams.h"
 
 template <class T>
 void rms_norm(const T* x, const T* weight, float eps, int64_t size, T* out) {
@@ -184,46 +182,46 @@ template <class T>
 void row_products(const T* x, int64_t x_stride, int64_t rows, const float* weight, int64_t columns,
                   int64_t size, float* out, int64_t out_stride, float* wide) {
   for (int64_t row = 0; row < rows; row++) widen_row(x + row * x_stride, size, wide + row * size);
-  dots(wide, size, rows, weight, size, columns, size, out, out_stride);
+  if (rows >= kManyRows) return dots(wide, size, rows, weight, size, columns, size, out, out_stride);
+  with_rows(rows, [&](auto count) INLINE_LAMBDA {
+    stream_dots<count>(wide, size, weight, size, columns, size, out, out_stride);
+  });
 }
 
-// The rows of one head against its weight, columns first or size first in memory (stride 1).
-template <class T, class W>
-INLINE void head_rows_products(const HeadRows<T>& x, const HeadWeight<W>& weight, T* out, int64_t out_stride,
-                               float* wide, float* sums) {
-  const float none[kRowTile] = {};
-  for (int64_t first = 0; first < x.rows; first += kRowTile) {
-    const int64_t rows = std::min(kRowTile, x.rows - first);
-    for (int64_t row = 0; row < rows; row++)
-      widen_row(x.from + (first + row) * x.stride, weight.size, wide + row * weight.size);
-    if (weight.size_stride == 1) {
-      dots(wide, weight.size, rows, weight.from, weight.column_stride, weight.columns, weight.size, sums,
-           weight.columns);
-    } else {
-      std::memset(sums, 0, rows * weight.columns * sizeof(float));
-      blend(wide, weight.size, rows, weight.from, weight.size_stride, weight.columns, weight.size, none, sums,
-            weight.columns);
-    }
-    for (int64_t row = 0; row < rows; row++)
-      for (int64_t column = 0; column < weight.columns; column++)
-        narrow(sums[row * weight.columns + column], out + (first + row) * out_stride + column);
-  }
-}
-
+// The rows of one head against its weight, columns first or size first in memory (stride 1). Where there is
+// room for it, for as many rows as pay for it, the weight is widened once.
 template <class T>
 void head_products(const HeadRows<T>& x, const HeadWeight<T>& weight, T* out, int64_t out_stride, float* wide,
                    float* sums, float* wide_weight) {
-  if (wide_weight) {  // as many rows as pay for it
-    const int64_t lines = weight.size_stride == 1 ? weight.columns : weight.size;
-    const int64_t length = weight.size_stride == 1 ? weight.size : weight.columns;
-    const int64_t stride = weight.size_stride == 1 ? weight.column_stride : weight.size_stride;
-    for (int64_t line = 0; line < lines; line++)
-      widen_row(weight.from + line * stride, length, wide_weight + line * length);
-    HeadWeight<float> own = {wide_weight, weight.columns, weight.size, length, length};
-    (weight.size_stride == 1 ? own.size_stride : own.column_stride) = 1;
-    return head_rows_products(x, own, out, out_stride, wide, sums);
+  const bool is_size_first = weight.size_stride != 1;
+  const int64_t lines = is_size_first ? weight.size : weight.columns;
+  const int64_t length = is_size_first ? weight.columns : weight.size;
+  const int64_t stride = is_size_first ? weight.size_stride : weight.column_stride;
+  const int64_t size = weight.size, columns = weight.columns;
+  const float none[kRowTile] = {};
+  for (int64_t line = 0; wide_weight && line < lines; line++)
+    stream_row(weight.from + line * stride, length, wide_weight + line * length);
+  for (int64_t first = 0; first < x.rows; first += kRowTile) {
+    const int64_t rows = std::min(kRowTile, x.rows - first);
+    for (int64_t row = 0; row < rows; row++)
+      widen_row(x.from + (first + row) * x.stride, size, wide + row * size);
+    if (!wide_weight) {
+      with_rows(rows, [&](auto count) INLINE_LAMBDA {
+        if (is_size_first)
+          stream_blend<count>(wide, size, weight.from, stride, columns, size, sums, columns);
+        else
+          stream_dots<count>(wide, size, weight.from, stride, columns, size, sums, columns);
+      });
+    } else if (is_size_first) {
+      std::memset(sums, 0, rows * columns * sizeof(float));
+      blend(wide, size, rows, wide_weight, length, columns, size, none, sums, columns);
+    } else {
+      dots(wide, size, rows, wide_weight, length, columns, size, sums, columns);
+    }
+    for (int64_t row = 0; row < rows; row++)
+      for (int64_t column = 0; column < columns; column++)
+        narrow(sums[row * columns + column], out + (first + row) * out_stride + column);
   }
-  head_rows_products(x, weight, out, out_stride, wide, sums);
 }
 
 // Some heads of one query against the latents of its sequence, tile by tile from its beginning: a running

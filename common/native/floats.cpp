@@ -9,6 +9,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 #include "elementwise.h"
 #include "threads.h"
@@ -19,6 +20,8 @@
 namespace floats {
 
 constexpr int kLanes = 16;
+constexpr size_t kCacheLine = 64;        // bytes
+constexpr size_t kAhead = 8192;          // bytes of a weight between what is read and what is asked for
 constexpr int64_t kRowTile = 16;         // rows that meet a head's weight while it is in the cache
 constexpr int64_t kManyRows = 6;         // rows that pay for widening a head's weight once
 constexpr int64_t kKeyTile = 32;         // keys between two looks at the maximum

@@ -72,9 +72,10 @@ def test_rotate_of_a_part_of_a_query(
 
 
 @FLOATS
+@pytest.mark.parametrize("rows", [1, 3, 21])
 @pytest.mark.parametrize(("size", "experts"), [(1, 1), (24, 5), (33, 17), (2048, 64)])
-def test_gate_logits(kernels: NativeFloats, size: int, experts: int, dtype: torch.dtype) -> None:
-    x, weight = randn(1, 21, size, dtype=dtype), randn(2, experts, size)
+def test_gate_logits(kernels: NativeFloats, size: int, experts: int, rows: int, dtype: torch.dtype) -> None:
+    x, weight = randn(1, rows, size, dtype=dtype), randn(2, experts, size)
     output = kernels.gate_logits(x, weight)
     # Products of rows that are bfloat16 are exact too: only the order of the sum differs.
     assert_close(output, reference.gate_logits(x, weight), 2e-6)
@@ -83,11 +84,18 @@ def test_gate_logits(kernels: NativeFloats, size: int, experts: int, dtype: torc
 
 @FLOATS
 @pytest.mark.parametrize(("heads", "size", "out"), [(1, 1, 1), (2, 7, 33), (4, 16, 24), (16, 128, 512)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 19])
 @pytest.mark.parametrize("is_transposed", [False, True])
 def test_per_head_linear_with_either_dimension_of_the_weight_first(
-    kernels: NativeFloats, heads: int, size: int, out: int, is_transposed: bool, dtype: torch.dtype
+    kernels: NativeFloats,
+    heads: int,
+    size: int,
+    out: int,
+    rows: int,
+    is_transposed: bool,
+    dtype: torch.dtype,
 ) -> None:
-    x = randn(1, 19, heads, size, dtype=dtype)
+    x = randn(1, rows, heads, size, dtype=dtype)
     weight = randn(2, heads, out, size, dtype=dtype)
     if is_transposed:
         weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
