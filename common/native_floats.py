@@ -24,6 +24,7 @@ BFLOAT16 = torch.bfloat16
 TASK_OUTPUTS = 32
 """Outputs of `linear` that one thread computes at a time: their weights, widened, stay in its cache."""
 _POINTER, _SIZE, _NUMBER, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_FOUR_SIZES = _SIZE * 4
 _ARGUMENTS = {
     "float_rms_norm": [_NUMBER, _NUMBER, _NUMBER, _POINTER, *[_SIZE] * 3, _POINTER, _FLOAT, _POINTER],
     "float_swiglu": [_NUMBER, _NUMBER, _NUMBER, _POINTER, _POINTER, *[_SIZE] * 4, _POINTER],
@@ -37,9 +38,9 @@ _ARGUMENTS = {
         *(_NUMBER, _NUMBER, _NUMBER, _POINTER, *[_SIZE] * 5),
         *(_POINTER, *[_SIZE] * 4, _POINTER),
     ],
-    "float_latent_attention": [
-        *(_NUMBER, _NUMBER, _NUMBER, _POINTER, _POINTER, *[_SIZE] * 4),
-        *(_POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _FLOAT, _POINTER),
+    "float_absorbed_attention": [
+        *(_NUMBER, _NUMBER, _NUMBER, _POINTER, *[_SIZE] * 3, _POINTER, _SIZE, _POINTER),
+        *(_POINTER, *[_SIZE] * 3, _POINTER, _SIZE, _POINTER, _FLOAT, _POINTER),
     ],
     "float_prompt_attention": [
         *(_NUMBER, _NUMBER, _NUMBER, _POINTER, _POINTER, _POINTER, *[_SIZE] * 5),
@@ -167,26 +168,37 @@ class NativeFloats:
                 products.append(self.per_head_linear(shared, heads).view(x.shape[0], len(part)))
         return products[0] if len(products) == 1 else torch.cat(products, dim=1)
 
-    def latent_attention(
+    def absorbed_attention(
         self,
-        q_latent: Tensor,
-        q_pe: Tensor,
+        q: Tensor,
+        kv_b: Tensor,
         cache: Tensor,
         block_tables: Tensor,
         context_lens: Tensor,
         scale: float,
-    ) -> Tensor:  # [N, H, C], [N, H, R], [blocks, block_size, C + R], [N, blocks of one], [N] -> [N, H, C]
-        """Attend to cached latents, each query to a sequence of its own, without reading any other slot."""
-        q_latent, q_pe = q_latent.contiguous(), q_pe.contiguous()
+    ) -> Tensor:  # [N, H, nope + R], [H, nope + v, C], [blocks, block_size, C + R], [N, n], [N] -> [N, H, v]
+        """Attend to cached latents in their space, without reading any other slot.
+
+        Queries and results are rounded to their dtype on the way into that space and out of it.
+        """
+        q = q if q.stride(2) == 1 else q.contiguous()
+        kv_b = kv_b if kv_b.stride(2) == 1 else kv_b.contiguous()
         block_tables, context_lens = block_tables.contiguous(), context_lens.contiguous()
-        output = torch.empty(q_latent.shape, dtype=q_latent.dtype)
-        failure = self._library.float_latent_attention(
-            *(self._path, compute_threads.count(), _is_bfloat16(q_latent, q_pe, cache)),
-            *(q_latent.data_ptr(), q_pe.data_ptr(), *q_latent.shape, q_pe.shape[2]),
-            *(cache.data_ptr(), cache.shape[1], block_tables.data_ptr(), block_tables.shape[1]),
-            *(context_lens.data_ptr(), scale, output.data_ptr()),
+        num_queries, num_heads, q_size = q.shape
+        _, num_lines, num_latents = kv_b.shape
+        _, block_size, width = cache.shape
+        num_nope = q_size - (width - num_latents)
+        num_out = num_lines - num_nope
+        output = torch.empty(num_queries, num_heads, num_out, dtype=q.dtype)
+        failure = self._library.float_absorbed_attention(
+            *(self._path, compute_threads.count(), _is_bfloat16(q, kv_b, cache)),
+            *(q.data_ptr(), num_queries, num_heads, num_nope, kv_b.data_ptr(), num_out),
+            _FOUR_SIZES(*q.stride()[:2], *kv_b.stride()[:2]),
+            *(cache.data_ptr(), block_size, num_latents, width - num_latents),
+            *(block_tables.data_ptr(), block_tables.shape[1], context_lens.data_ptr(), scale),
+            output.data_ptr(),
         )
-        _check(failure, len(q_latent))
+        _check(failure, num_queries)
         return output
 
     def prompt_attention(
@@ -235,13 +247,14 @@ def _rows(x: Tensor) -> Tensor:
 
 def _is_bfloat16(*tensors: Tensor) -> bool:
     """Which of the two dtypes all of these have: the kernels get addresses, and cannot see it."""
-    dtypes = {tensor.dtype for tensor in tensors}
-    if len(dtypes) > 1 or not dtypes <= {torch.float32, BFLOAT16}:
-        raise ValueError(
-            f"tensors of {', '.join(sorted(map(str, dtypes)))} cannot be computed together: give float32 or "
-            "bfloat16 alone"
-        )
-    return BFLOAT16 in dtypes
+    dtype = tensors[0].dtype
+    is_bfloat16 = dtype is BFLOAT16
+    if (is_bfloat16 or dtype is torch.float32) and all(tensor.dtype is dtype for tensor in tensors[1:]):
+        return is_bfloat16
+    dtypes = sorted({str(tensor.dtype) for tensor in tensors})
+    raise ValueError(
+        f"tensors of {', '.join(dtypes)} cannot be computed together: give float32 or bfloat16 alone"
+    )
 
 
 def _check(failure: int, num_rows: int) -> None:

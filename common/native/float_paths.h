@@ -225,14 +225,14 @@ void head_products(const HeadRows<T>& x, const HeadWeight<T>& weight, T* out, in
 }
 
 // Some heads of one query against the latents of its sequence, tile by tile from its beginning: a running
-// maximum and sum per head, and the values weighed so far.
+// maximum and sum per head, and the values weighed so far. `out` may be the query's latent.
 template <class T>
 void attend(const LatentQuery<T>& query, const LatentCache<T>& cache, Attended& state, T* out) {
   const int64_t width = cache.values + cache.rope;
   for (int64_t head = 0; head < query.heads; head++) {
     float* to = state.queries + head * width;
     widen_row(query.latent + head * cache.values, cache.values, to);
-    widen_row(query.rope + head * cache.rope, cache.rope, to + cache.values);
+    widen_row(query.rope + head * query.rope_stride, cache.rope, to + cache.values);
     state.maximum[head] = -std::numeric_limits<float>::infinity();
     state.sum[head] = 0.0f;
   }

@@ -46,8 +46,8 @@ struct HeadWeight {
 
 template <class T>
 struct LatentQuery {
-  const T *latent, *rope;  // [heads, C], [heads, R]
-  int64_t heads, length;
+  const T *latent, *rope;  // [heads, C], [heads, R], those rope_stride apart
+  int64_t rope_stride, heads, length;
   const int64_t* table;
   float scale;
 };
@@ -223,36 +223,7 @@ bool head_rows(int path, int threads, const T* x, int64_t tokens, int64_t heads,
   });
 }
 
-template <class T>
-bool attend_rows(int path, int threads, const T* latent, const T* rope, int64_t queries, int64_t heads,
-                 const LatentCache<T>& cache, const int64_t* tables, int64_t table_stride,
-                 const int64_t* lengths, float scale, T* out) {
-  int64_t products = 0;
-  for (int64_t query = 0; query < queries; query++)
-    products += lengths[query] * heads * (2 * cache.values + cache.rope);
-  // Heads of a group share the reading of the latents; small groups keep every thread busy. No bit depends on
-  // it.
-  const int64_t whole = queries * ceil_div(heads, kMostHeads);
-  const int64_t group = whole >= 2 * threads ? kMostHeads : kMostHeads / 2;
-  const int64_t groups = ceil_div(heads, group), width = cache.values + cache.rope;
-  return try_each(threads_for(threads, queries * groups, products), queries * groups, [&](int64_t task) {
-    const int64_t query = task / groups, head = task % groups * group;
-    const int64_t count = std::min(group, heads - head), from = query * heads + head;
-    Workspace work(group * (width + kKeyTile + cache.values) + kKeyTile * width);
-    Attended state;
-    state.queries = work.take(group * width);
-    state.latents = work.take(kKeyTile * width);
-    state.scores = work.take(group * kKeyTile);
-    state.result = work.take(group * cache.values);
-    const LatentQuery<T> own = {latent + from * cache.values,
-                                rope + from * cache.rope,
-                                count,
-                                lengths[query],
-                                tables + query * table_stride,
-                                scale};
-    ON_PATH(path, attend(own, cache, state, out + from * cache.values));
-  });
-}
+#include "latent_attention.h"
 
 // q [T, H, size], k [S, H, size], v [S, H, values] by their strides; S = start + T keys are read.
 template <class T>
@@ -384,16 +355,21 @@ EXPORT int float_per_head_linear(int path, int threads, int is_bfloat16, const v
                                   {as<T>(weight), columns, size, column_stride, size_stride}, weight_stride,
                                   as<T>(out)))}
 
-// latent [N, H, C], rope [N, H, R], cache [blocks, block_size, C + R], tables [N, table_stride], lengths [N]
-// -> out [N, H, C]. Returns as float_gate_logits does.
-EXPORT
-    int float_latent_attention(int path, int threads, int is_bfloat16, const void* latent, const void* rope,
-                               int64_t queries, int64_t heads, int64_t values, int64_t rope_size,
-                               const void* cache, int64_t block_size, const int64_t* tables,
-                               int64_t table_stride, const int64_t* lengths, float scale, void* out){
-        FOR_TYPE(is_bfloat16, return !attend_rows<T>(path, threads, as<T>(latent), as<T>(rope), queries,
-                                                     heads, {as<T>(cache), block_size, values, rope_size},
-                                                     tables, table_stride, lengths, scale, as<T>(out)))}
+// q [N, H, size + R], weight [H, size + columns, C], cache [blocks, block_size, C + R],
+// tables [N, table_stride], lengths [N] -> out [N, H, columns]; strides: of queries and their heads, of the
+// weight's heads and lines. Returns as float_gate_logits does.
+EXPORT int float_absorbed_attention(int path, int threads, int is_bfloat16, const void* q, int64_t queries,
+                                    int64_t heads, int64_t size, const void* weight, int64_t columns,
+                                    const int64_t* strides, const void* cache, int64_t block_size,
+                                    int64_t values, int64_t rope, const int64_t* tables, int64_t table_stride,
+                                    const int64_t* lengths, float scale, void* out){
+    FOR_TYPE(is_bfloat16,
+             return !absorbed_rows<T>(
+                 path, threads,
+                 {as<T>(q), as<T>(weight), queries, heads, size, columns, strides[0], strides[1], strides[2],
+                  strides[3]},
+                 {as<T>(cache), block_size, values, rope}, {tables, table_stride, lengths}, scale,
+                 as<T>(out)))}
 
 // q [T, H, size], k [S, H, size], v [S, H, values] -> out [T, H, values]; strides: of tokens and of heads, of
 // q, k and v. Returns as float_gate_logits does.

@@ -23,9 +23,6 @@ class RouterKernels(Protocol):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Multiply rows: [T, in], [out, in], [out] -> [T, out], in the dtype of x, which is the weight's."""
 
-    def per_head_linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Multiply rows by their head's weight, maybe a view: [T, H, in], [H, out, in] -> [T, H, out]."""
-
     def gate_logits(self, x: Tensor, weight: Tensor) -> Tensor:
         """Multiply rows by the gate's weight, in float32: [T, D], [E, D] float32 -> [T, E] float32."""
 
@@ -105,27 +102,31 @@ class RouterKernels(Protocol):
             [T, H, Dv] in the dtype of q; scores, softmax and sums are float32.
         """
 
-    def decode_attention(
+    def absorbed_attention(
         self,
-        q_latent: Tensor,
-        q_pe: Tensor,
+        q: Tensor,
+        kv_b: Tensor,
         cache: Tensor,
         block_tables: Tensor,
         context_lens: Tensor,
         scale: float,
     ) -> Tensor:
-        """Attend to cached latents, each query to a sequence of its own.
+        """Attend to cached latents in their own space, each query to a sequence of its own.
+
+        A head's part of a query that carries no position goes into that space by the first lines of kv_b,
+        what the query finds comes out by the others.
 
         Args:
-            q_latent: [N, H, C].
-            q_pe: [N, H, R].
+            q: [N, H, nope + R].
+            kv_b: [H, nope + v, C].
             cache: [blocks, block_size, C + R]; slots of no token may hold anything.
             block_tables: [N, most blocks of any query] int64, padded with any valid block.
             context_lens: [N] int64 on the CPU, keys each query sees, at least 1.
             scale: what scores are multiplied with.
 
         Returns:
-            [N, H, C] in the dtype of q_latent; scores, softmax and sums are float32.
+            [N, H, v] in the dtype of q, as is what lies between the products; scores, softmax and sums are
+            float32.
         """
 
 

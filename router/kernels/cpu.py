@@ -24,8 +24,8 @@ from router.kernels import gate, reference, tiled_attention
 from router.kernels.reference import gather_latents
 
 __all__ = [
+    "absorbed_attention",
     "choose_experts",
-    "decode_attention",
     "gate_logits",
     "gather_latents",
     "int8_linear",
@@ -33,7 +33,6 @@ __all__ = [
     "linear",
     "mlp_rows",
     "pack_int8",
-    "per_head_linear",
     "prefill_attention",
     "quantize_rows",
     "quantize_rows_static",
@@ -54,12 +53,6 @@ def gate_logits(x: Tensor, weight: Tensor) -> Tensor:  # [T, D], [E, D] float32 
     """Multiply every row by the gate's weight, in float32."""
     native = installed()
     return rows.linear(x.float(), weight) if native is None else native.gate_logits(x, weight)
-
-
-def per_head_linear(x: Tensor, weight: Tensor) -> Tensor:  # [T, H, in], [H, out, in] -> [T, H, out]
-    """Multiply the rows of every head by that head's weight."""
-    native = installed()
-    return rows.per_head_linear(x, weight) if native is None else native.per_head_linear(x, weight)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # [T, D], [D] -> [T, D]
@@ -112,10 +105,10 @@ def prefill_attention(
     return native.prompt_attention(q, k, v, start, scale)
 
 
-def decode_attention(  # -> [N, H, C]
-    q_latent: Tensor, q_pe: Tensor, cache: Tensor, block_tables: Tensor, context_lens: Tensor, scale: float
-) -> Tensor:
-    """Attend to cached latents, each query to a sequence of its own."""
+def absorbed_attention(
+    q: Tensor, kv_b: Tensor, cache: Tensor, block_tables: Tensor, context_lens: Tensor, scale: float
+) -> Tensor:  # [N, H, nope + R], [H, nope + v, C] -> [N, H, v]
+    """Attend to cached latents in their own space, each query to a sequence of its own."""
     native = installed()
-    attend = tiled_attention.decode_attention if native is None else native.latent_attention
-    return attend(q_latent, q_pe, cache, block_tables, context_lens, scale)
+    attend = tiled_attention.absorbed_attention if native is None else native.absorbed_attention
+    return attend(q, kv_b, cache, block_tables, context_lens, scale)

@@ -18,11 +18,11 @@ from common.int8_reference import PackedInt8
 from common.model_config import ModelConfig
 from router.kernels import reference
 from router.kernels.gate import choose_experts as choose_plainly
-from router.kernels.reference import gate_logits, linear, mlp_rows, pack_int8, per_head_linear
+from router.kernels.reference import absorbed_parts, gate_logits, linear, mlp_rows, pack_int8, per_head_linear
 
 __all__ = [
+    "absorbed_attention",
     "choose_experts",
-    "decode_attention",
     "gate_logits",
     "gather_latents",
     "int8_linear",
@@ -30,7 +30,6 @@ __all__ = [
     "linear",
     "mlp_rows",
     "pack_int8",
-    "per_head_linear",
     "prefill_attention",
     "quantize_rows",
     "quantize_rows_static",
@@ -205,6 +204,16 @@ def prefill_attention(
 def _causal_mask(device: torch.device) -> Tensor:
     """The mask that sparse_mode asks for, whatever the lengths are."""
     return torch.ones(MASK_SIZE, MASK_SIZE, dtype=torch.bool, device=device).triu(1)
+
+
+def absorbed_attention(
+    q: Tensor, kv_b: Tensor, cache: Tensor, block_tables: Tensor, context_lens: Tensor, scale: float
+) -> Tensor:  # [N, H, nope + R], [H, nope + v, C] -> [N, H, v]
+    """Attend to cached latents in their own space, each query to a sequence of its own."""
+    q_nope, q_pe, w_k, w_v = absorbed_parts(q, kv_b, cache)
+    q_latent = per_head_linear(q_nope, w_k.transpose(1, 2))  # [N, H, C]
+    attended = decode_attention(q_latent, q_pe, cache, block_tables, context_lens, scale)  # [N, H, C]
+    return per_head_linear(attended, w_v)
 
 
 def decode_attention(  # -> [N, H, C]

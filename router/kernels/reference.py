@@ -21,8 +21,8 @@ from common.int8_reference import (
 from router.kernels.gate import choose_experts
 
 __all__ = [
+    "absorbed_attention",
     "choose_experts",
-    "decode_attention",
     "gate_logits",
     "gather_latents",
     "int8_linear",
@@ -30,7 +30,6 @@ __all__ = [
     "linear",
     "mlp_rows",
     "pack_int8",
-    "per_head_linear",
     "prefill_attention",
     "quantize_rows",
     "quantize_rows_static",
@@ -50,11 +49,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [T, in]
 def gate_logits(x: Tensor, weight: Tensor) -> Tensor:  # [T, D], [E, D] float32 -> [T, E] float32
     """Multiply every row by the gate's weight, in float32."""
     return F.linear(x.float(), weight)
-
-
-def per_head_linear(x: Tensor, weight: Tensor) -> Tensor:  # [T, H, in], [H, out, in] -> [T, H, out]
-    """Multiply the rows of every head by that head's weight."""
-    return torch.einsum("thi,hoi->tho", x, weight)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # [T, D], [D] -> [T, D]
@@ -100,6 +94,28 @@ def prefill_attention(
     is_hidden = torch.arange(k.shape[0], device=q.device) > positions.unsqueeze(1)  # [T, S]
     weights = scores.masked_fill(is_hidden, float("-inf")).softmax(dim=-1)
     return torch.einsum("hqk,khd->qhd", weights, v.float()).to(q.dtype)
+
+
+def absorbed_attention(
+    q: Tensor, kv_b: Tensor, cache: Tensor, block_tables: Tensor, context_lens: Tensor, scale: float
+) -> Tensor:  # [N, H, nope + R], [H, nope + v, C] -> [N, H, v]
+    """Attend to cached latents in their own space, each query to a sequence of its own."""
+    q_nope, q_pe, w_k, w_v = absorbed_parts(q, kv_b, cache)
+    q_latent = per_head_linear(q_nope, w_k.transpose(1, 2))  # [N, H, C]
+    attended = decode_attention(q_latent, q_pe, cache, block_tables, context_lens, scale)  # [N, H, C]
+    return per_head_linear(attended, w_v)
+
+
+def absorbed_parts(q: Tensor, kv_b: Tensor, cache: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cut queries and kv_b_proj: [N, H, nope], [N, H, R], [H, nope, C], [H, v, C]."""
+    num_rope = cache.shape[2] - kv_b.shape[2]
+    num_nope = q.shape[2] - num_rope
+    return q[..., :num_nope], q[..., num_nope:], kv_b[:, :num_nope], kv_b[:, num_nope:]
+
+
+def per_head_linear(x: Tensor, weight: Tensor) -> Tensor:  # [N, H, in], [H, out, in] -> [N, H, out]
+    """Multiply the rows of every head by that head's weight."""
+    return torch.einsum("thi,hoi->tho", x, weight)
 
 
 def decode_attention(  # -> [N, H, C]

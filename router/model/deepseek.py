@@ -251,14 +251,10 @@ class MLA(nn.Module):
 
     def _attend_absorbed(self, q: Tensor, batch: Batch, blocks: Tensor) -> Tensor:
         """Attend in the latent space: kv_b_proj's key half goes to queries, its value half to results."""
-        weight = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))  # [H, nope + v, C]
-        w_k, w_v = weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
-        q_nope, q_pe = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        q_latent = self.kernels.per_head_linear(q_nope, w_k.transpose(1, 2))  # [N, H, C]
-        attended = self.kernels.decode_attention(
-            q_latent, q_pe, blocks, batch.block_tables, batch.context_lens, self.scale
-        )  # [N, H, C]
-        return self.kernels.per_head_linear(attended, w_v)  # [N, H, v]
+        kv_b = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))  # [H, nope + v, C]
+        return self.kernels.absorbed_attention(
+            q, kv_b, blocks, batch.block_tables, batch.context_lens, self.scale
+        )  # [N, H, v]
 
 
 # -------------------------------------------------------------------------------------------- the whole model

@@ -97,16 +97,14 @@ class Decode:
             slots = table[positions // block] * block + positions % block
             stored = randn(100 + row, length, latents + rope, dtype=dtype)
             cpu.store_latents(self.cache, slots, stored[:, :latents], stored[:, latents:])
-        self.q_latent = randn(1, len(widths), heads, latents, dtype=dtype)
-        self.q_pe = randn(2, len(widths), heads, rope, dtype=dtype)
+        self.q = randn(1, len(widths), heads, 12 + rope, dtype=dtype)
+        self.kv_b = randn(2, heads, 12 + 20, latents, dtype=dtype)
 
     def attend(self, rows: list[int], extra_blocks: int = 0) -> Tensor:
         tables = self.tables[rows]
         tables = torch.cat([tables, tables[:, :1].expand(-1, extra_blocks)], dim=1)
         lengths = torch.tensor(self.lengths)[rows]
-        return self.attention.decode_attention(
-            self.q_latent[rows], self.q_pe[rows], self.cache, tables, lengths, 0.2
-        )
+        return self.attention.absorbed_attention(self.q[rows], self.kv_b, self.cache, tables, lengths, 0.2)
 
 
 @SHAPES
@@ -149,5 +147,5 @@ def test_decode_leaves_the_cache_as_it_was(attention: ModuleType) -> None:
 
 def test_attention_of_no_queries_is_empty(attention: ModuleType) -> None:
     decode = Decode(2, 32, 8, 16, attention=attention)
-    assert decode.attend([]).shape == (0, 2, 32)
+    assert decode.attend([]).shape == (0, 2, 20)
     assert attention.prefill_attention(*prompt(0, 2), 0, 1.0, 16).shape == (0, 2, 20)

@@ -11,7 +11,7 @@ from torch import Tensor
 from common import native_floats, native_library
 from common.native_floats import NativeFloats
 from router.kernels import reference
-from tests.kernels.comparing import assert_close, randn
+from tests.kernels.comparing import assert_close, num_threads, randn
 
 pytestmark = pytest.mark.skipif(
     native_library.why_unavailable() is not None, reason=str(native_library.why_unavailable())
@@ -103,27 +103,55 @@ def test_per_head_linear_with_either_dimension_of_the_weight_first(
     assert_like_the_reference(kernels, dtype, lambda own: own.per_head_linear(x, weight), expected)
 
 
+def plainly_attended(
+    q: Tensor, kv_b: Tensor, cache: Tensor, tables: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
+    """The reference in float32, rounded where the model's dtype is: after each of the stages."""
+    dtype = q.dtype
+    q_nope, q_pe, w_k, w_v = reference.absorbed_parts(q.float(), kv_b.float(), cache)
+    q_latent = reference.per_head_linear(q_nope, w_k.transpose(1, 2)).to(dtype).float()
+    found = reference.decode_attention(q_latent, q_pe, cache.float(), tables, lengths, scale).to(dtype)
+    return reference.per_head_linear(found.float(), w_v)
+
+
 @FLOATS
+@pytest.mark.parametrize("queries", [1, 2, 5, 8, 17])
 @pytest.mark.parametrize(
-    ("heads", "latents", "rope", "block"), [(1, 20, 6, 4), (13, 64, 8, 16), (16, 512, 64, 128)]
+    ("heads", "nope", "out", "latents", "rope", "block"),
+    [(1, 3, 5, 20, 6, 4), (13, 16, 24, 64, 8, 16), (16, 128, 128, 512, 64, 128)],
 )
-def test_latent_attention(
-    kernels: NativeFloats, heads: int, latents: int, rope: int, block: int, dtype: torch.dtype
+def test_absorbed_attention_has_one_result_alone_in_company_and_with_any_threads(
+    kernels: NativeFloats,
+    heads: int,
+    nope: int,
+    out: int,
+    latents: int,
+    rope: int,
+    block: int,
+    queries: int,
+    dtype: torch.dtype,
 ) -> None:
-    lengths = torch.tensor([1, 31, 32, 33, 3 * block])
+    generator = torch.Generator().manual_seed(2)
     cache = randn(1, 40, block, latents + rope, dtype=dtype)
-    tables = torch.randperm(40, generator=torch.Generator().manual_seed(2)).view(5, 8)
-    tables = tables.repeat(1, -(-33 // (8 * block)))
-    queries = randn(3, 5, heads, latents, dtype=dtype), randn(4, 5, heads, rope, dtype=dtype)
-    expected = reference.decode_attention(
-        queries[0].float(), queries[1].float(), cache.float(), tables, lengths, 0.1
-    )
-    assert_like_the_reference(
-        kernels,
-        dtype,
-        lambda own: own.latent_attention(*queries, cache, tables, lengths, 0.1),
-        expected,
-    )
+    tables = torch.randint(40, (queries, 3 + 33 // block), generator=generator)
+    lengths = torch.tensor([33, 1, 31, 32, 3 * block]).repeat(4)[:queries]
+    q = randn(3, queries, heads, nope + rope + 7, dtype=dtype)[..., 7:]
+    kv_b = (randn(4, heads, nope + out, latents) / latents**0.5).to(dtype)
+
+    def attend(own: NativeFloats) -> Tensor:
+        return own.absorbed_attention(q, kv_b, cache, tables, lengths, 0.1)
+
+    with num_threads(1):
+        output = attend(kernels)
+        # Two roundings lie between the stages: where one falls to the other side, results differ by it.
+        error = 2.0**-6 if dtype == torch.bfloat16 else 4e-6
+        assert_close(output, plainly_attended(q, kv_b, cache, tables, lengths, 0.1).to(dtype), error)
+    with num_threads(2):
+        assert torch.equal(output, attend(native_floats.load()))
+    for row in {0, queries // 2, queries - 1}:
+        one = slice(row, row + 1)
+        alone = kernels.absorbed_attention(q[one], kv_b, cache, tables[one], lengths[one], 0.1)
+        assert torch.equal(alone, output[one])
 
 
 @FLOATS

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from common import rows
 from expert_worker.kernels import load_kernels as load_expert_kernels
 from router.kernels import cpu, reference
 from tests.kernels.comparing import assert_close, randn
@@ -37,7 +38,7 @@ def test_per_head_linear_is_the_plain_one(
 ) -> None:
     tokens, heads, size, out = shape
     x, weight = randn(1, tokens, heads, size, dtype=dtype), randn(2, heads, out, size, dtype=dtype)
-    assert_close(cpu.per_head_linear(x, weight), reference.per_head_linear(x, weight), error)
+    assert_close(rows.per_head_linear(x, weight), reference.per_head_linear(x, weight), error)
 
 
 @FLOATS
@@ -97,20 +98,22 @@ def test_prefill_attention_is_causal_softmax_attention(
 @pytest.mark.parametrize(
     ("heads", "latents", "rope", "block"), [(1, 8, 2, 4), (3, 20, 6, 24), (16, 512, 64, 128)]
 )
-def test_decode_attention_is_softmax_attention_over_latents(
+def test_absorbed_attention_is_softmax_attention_over_expanded_latents(
     module: object, heads: int, latents: int, rope: int, block: int
 ) -> None:
     lengths = torch.tensor([1, 300, 2 * block])
     cache = randn(1, 400 // block + 2, block, latents + rope)
     tables = torch.randint(0, len(cache), (3, 300 // block + 1), generator=torch.Generator().manual_seed(4))
     tables = torch.cat([tables, tables[:, :1]], dim=1)
-    q_latent, q_pe = randn(2, 3, heads, latents), randn(3, 3, heads, rope)
-    actual = module.decode_attention(q_latent, q_pe, cache, tables, lengths, 0.05)  # type: ignore[attr-defined]
+    q, kv_b = randn(2, 3, heads, 24 + rope), randn(3, heads, 24 + 18, latents) / latents**0.5
+    actual = module.absorbed_attention(q, kv_b, cache, tables, lengths, 0.05)  # type: ignore[attr-defined]
     for row, length in enumerate(lengths.tolist()):
-        keys = cache[tables[row]].flatten(0, 1)[:length]
-        query = torch.cat([q_latent[row], q_pe[row]], dim=-1)
-        expected = exact_attention(query, keys, keys[:, :latents], 0.05)
-        assert_close(actual[row].double(), expected, FLOAT32_ERROR)
+        kv_c, k_pe = cache[tables[row]].flatten(0, 1)[:length].split([latents, rope], dim=1)
+        for head in range(heads):
+            k_nope, v = (kv_c.double() @ kv_b[head].double().T).split([24, 18], dim=1)
+            keys = torch.cat([k_nope, k_pe.double()], dim=1)
+            expected = exact_attention(q[row, head], keys, v, 0.05)
+            assert_close(actual[row, head].double(), expected, 4 * FLOAT32_ERROR)
 
 
 @FLOATS

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from common import rows
+from common.native_floats import NativeFloats, installed
 from router.kernels import cpu
 from tests.kernels.comparing import ROW_COUNTS, THREAD_COUNTS, assert_close, num_threads, randn, some_rows
 
 KERNELS = pytest.mark.parametrize("kernels", [cpu, rows], ids=["cpu", "torch"])
 """The native kernels where they were built, and what stands in for them elsewhere."""
+PER_HEAD = pytest.mark.parametrize("kernels", [installed() or rows, rows], ids=["native", "torch"])
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
 # (in, out): tiny models, odd sizes, and what V2-Lite has.
@@ -73,21 +75,21 @@ def test_linear_gives_the_same_bits_for_rows_at_any_address() -> None:
         assert torch.equal(rows.linear(x[first : first + 3], weight), expected[first : first + 3])
 
 
-@KERNELS
+@PER_HEAD
 @FLOATS
 @pytest.mark.parametrize(("heads", "size", "out"), [(1, 16, 32), (2, 7, 33), (4, 16, 24), (16, 128, 512)])
 def test_per_head_linear_gives_a_row_the_same_bits_in_every_batch(
-    kernels: ModuleType, heads: int, size: int, out: int, dtype: torch.dtype
+    kernels: ModuleType | NativeFloats, heads: int, size: int, out: int, dtype: torch.dtype
 ) -> None:
     weight, x = randn(1, heads, out, size, dtype=dtype), randn(2, 520, heads, size, dtype=dtype)
     row_counts = ROW_COUNTS if heads * size * out < 10_000 else SEVERAL_ROW_COUNTS[::2]
     assert_rows_are_their_own(lambda x: kernels.per_head_linear(x, weight), x, row_counts=row_counts)
 
 
-@KERNELS
+@PER_HEAD
 @FLOATS
 def test_per_head_linear_takes_a_transposed_view_of_a_part_of_the_weight(
-    kernels: ModuleType, dtype: torch.dtype
+    kernels: ModuleType | NativeFloats, dtype: torch.dtype
 ) -> None:
     whole = randn(1, 4, 40, 64, dtype=dtype)  # [H, nope + v, C]
     view = whole[:, :24].transpose(1, 2)  # [H, C, nope]
