@@ -8,6 +8,7 @@ R qk_rope_head_dim, E experts, K experts per token.
 from __future__ import annotations
 
 from functools import cache as remembered
+from functools import partial
 
 import torch
 import torch_npu
@@ -18,7 +19,14 @@ from common.int8_reference import PackedInt8
 from common.model_config import ModelConfig
 from router.kernels import reference
 from router.kernels.gate import choose_experts as choose_plainly
-from router.kernels.reference import absorbed_parts, gate_logits, linear, mlp_rows, pack_int8, per_head_linear
+from router.kernels.reference import (
+    gate_logits,
+    linear,
+    mlp_rows,
+    pack_int8,
+    per_head_linear,
+    through_latents,
+)
 
 __all__ = [
     "absorbed_attention",
@@ -210,10 +218,10 @@ def absorbed_attention(
     q: Tensor, kv_b: Tensor, cache: Tensor, block_tables: Tensor, context_lens: Tensor, scale: float
 ) -> Tensor:  # [N, H, nope + R], [H, nope + v, C] -> [N, H, v]
     """Attend to cached latents in their own space, each query to a sequence of its own."""
-    q_nope, q_pe, w_k, w_v = absorbed_parts(q, kv_b, cache)
-    q_latent = per_head_linear(q_nope, w_k.transpose(1, 2))  # [N, H, C]
-    attended = decode_attention(q_latent, q_pe, cache, block_tables, context_lens, scale)  # [N, H, C]
-    return per_head_linear(attended, w_v)
+    attend = partial(
+        decode_attention, cache=cache, block_tables=block_tables, context_lens=context_lens, scale=scale
+    )
+    return through_latents(q, kv_b, cache.shape[2], per_head_linear, attend)
 
 
 def decode_attention(  # -> [N, H, C]

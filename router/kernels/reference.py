@@ -6,6 +6,9 @@ R qk_rope_head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -100,17 +103,29 @@ def absorbed_attention(
     q: Tensor, kv_b: Tensor, cache: Tensor, block_tables: Tensor, context_lens: Tensor, scale: float
 ) -> Tensor:  # [N, H, nope + R], [H, nope + v, C] -> [N, H, v]
     """Attend to cached latents in their own space, each query to a sequence of its own."""
-    q_nope, q_pe, w_k, w_v = absorbed_parts(q, kv_b, cache)
-    q_latent = per_head_linear(q_nope, w_k.transpose(1, 2))  # [N, H, C]
-    attended = decode_attention(q_latent, q_pe, cache, block_tables, context_lens, scale)  # [N, H, C]
-    return per_head_linear(attended, w_v)
+    attend = partial(
+        decode_attention, cache=cache, block_tables=block_tables, context_lens=context_lens, scale=scale
+    )
+    return through_latents(q, kv_b, cache.shape[2], per_head_linear, attend)
 
 
-def absorbed_parts(q: Tensor, kv_b: Tensor, cache: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Cut queries and kv_b_proj: [N, H, nope], [N, H, R], [H, nope, C], [H, v, C]."""
-    num_rope = cache.shape[2] - kv_b.shape[2]
-    num_nope = q.shape[2] - num_rope
-    return q[..., :num_nope], q[..., num_nope:], kv_b[:, :num_nope], kv_b[:, num_nope:]
+def through_latents(
+    q: Tensor,
+    kv_b: Tensor,
+    width: int,
+    multiply: Callable[[Tensor, Tensor], Tensor],
+    attend: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:  # [N, H, nope + R], [H, nope + v, C] -> [N, H, v]
+    """Compose absorbed attention of a device's product of heads and its attention to latents.
+
+    Args:
+        width: C + R.
+        multiply: [N, H, in], [H, out, in] -> [N, H, out].
+        attend: [N, H, C], [N, H, R] -> [N, H, C].
+    """
+    num_nope = q.shape[2] - (width - kv_b.shape[2])
+    q_latent = multiply(q[..., :num_nope], kv_b[:, :num_nope].transpose(1, 2))  # [N, H, C]
+    return multiply(attend(q_latent, q[..., num_nope:]), kv_b[:, num_nope:])
 
 
 def per_head_linear(x: Tensor, weight: Tensor) -> Tensor:  # [N, H, in], [H, out, in] -> [N, H, out]

@@ -7,13 +7,14 @@ R qk_rope_head_dim.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from common.rows import MIN_ROWS, OUT_MULTIPLE, per_head_linear, row_sum
-from router.kernels.reference import absorbed_parts
+from router.kernels.reference import through_latents
 
 # Attention walks over key tiles that start at fixed positions of the sequence, in order, and keeps a
 # running maximum, sum and result per query. Every product has one shape, [rows, features] x [features, keys
@@ -102,10 +103,10 @@ def absorbed_attention(
     q: Tensor, kv_b: Tensor, cache: Tensor, block_tables: Tensor, context_lens: Tensor, scale: float
 ) -> Tensor:  # [N, H, nope + R], [H, nope + v, C] -> [N, H, v]
     """Attend to cached latents in their own space, each query to a sequence of its own."""
-    q_nope, q_pe, w_k, w_v = absorbed_parts(q, kv_b, cache)
-    q_latent = per_head_linear(q_nope, w_k.transpose(1, 2))  # [N, H, C]
-    attended = decode_attention(q_latent, q_pe, cache, block_tables, context_lens, scale)  # [N, H, C]
-    return per_head_linear(attended, w_v)
+    attend = partial(
+        decode_attention, cache=cache, block_tables=block_tables, context_lens=context_lens, scale=scale
+    )
+    return through_latents(q, kv_b, cache.shape[2], per_head_linear, attend)
 
 
 def decode_attention(  # -> [N, H, C]

@@ -108,7 +108,9 @@ def plainly_attended(
 ) -> Tensor:
     """The reference in float32, rounded where the model's dtype is: after each of the stages."""
     dtype = q.dtype
-    q_nope, q_pe, w_k, w_v = reference.absorbed_parts(q.float(), kv_b.float(), cache)
+    num_nope = q.shape[2] - (cache.shape[2] - kv_b.shape[2])
+    q_nope, q_pe = q[..., :num_nope].float(), q[..., num_nope:].float()
+    w_k, w_v = kv_b[:, :num_nope].float(), kv_b[:, num_nope:].float()
     q_latent = reference.per_head_linear(q_nope, w_k.transpose(1, 2)).to(dtype).float()
     found = reference.decode_attention(q_latent, q_pe, cache.float(), tables, lengths, scale).to(dtype)
     return reference.per_head_linear(found.float(), w_v)
