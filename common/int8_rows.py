@@ -22,15 +22,15 @@ from common.int8_reference import (
     int8_product,
     quantize_rows_static,
 )
-from common.native_int8 import NativeInt8, PackedWeight
+from common.native_int8 import JoinedExperts, NativeInt8, PackedWeight
 from common.rows import swiglu
 
 __all__ = [
     "PackedInt8",
-    "has_fused_experts",
     "int8_experts",
     "int8_linear",
     "int8_mlp",
+    "join_experts",
     "pack_int8",
     "quantize_rows",
     "quantize_rows_static",
@@ -118,27 +118,20 @@ def int8_mlp(x: Tensor, gate_up: PackedInt8, down: PackedInt8) -> Tensor:  # [M,
     return int8_linear(*quantize_rows(swiglu(gate, up)), down).to(x.dtype)
 
 
-def has_fused_experts() -> bool:
-    """Whether one call runs all experts of a layer here."""
-    return isinstance(_backend(), NativeInt8)
+def join_experts(gate_up: Sequence[PackedInt8], down: Sequence[PackedInt8]) -> JoinedExperts | None:
+    """Put a layer's experts together where one call runs them all: gate_up [2F, D] and down [D, F] each."""
+    backend = _backend()
+    return backend.join_experts(gate_up, down) if isinstance(backend, NativeInt8) and gate_up else None
 
 
 def int8_experts(
-    rows: Tensor,
-    row_scales: Tensor,
-    tokens_per_expert: Tensor,
-    gate_up: Sequence[PackedInt8],
-    down: Sequence[PackedInt8],
-    dtype: torch.dtype,
-) -> Tensor:  # [R, D] int8, [R] float32, [E_local], E_local x [2F, D], E_local x [D, F] -> [R, D]
-    """Run rows, sorted by expert, through all experts of a layer in one call; see has_fused_experts."""
+    rows: Tensor, row_scales: Tensor, tokens_per_expert: Tensor, joined: JoinedExperts, dtype: torch.dtype
+) -> Tensor:  # [R, D] int8, [R] float32, [E_local] int64 -> [R, D]
+    """Run rows, sorted by expert, through what `join_experts` has put together, in one call."""
     backend = _backend()
     if not isinstance(backend, NativeInt8):
-        raise TypeError("there is no fused kernel here: ask has_fused_experts first")
-    own_gate_up, own_down = (
-        [one for one in packed if isinstance(one, PackedWeight)] for packed in (gate_up, down)
-    )
-    return backend.int8_experts(rows, row_scales, tokens_per_expert, own_gate_up, own_down, dtype)
+        raise TypeError("there is no fused kernel here, so that nothing can have been joined for it")
+    return backend.int8_experts(rows, row_scales, tokens_per_expert, joined, dtype)
 
 
 @cache

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from common import compute_threads
-from common.expert_counts import counted_experts
 from common.huge_pages import HugePageArena
 from common.int8_reference import PackedInt8
 from common.native.compiler import LIBRARY
@@ -24,6 +23,8 @@ from common.native_library import PATHS, best_path, open_library
 
 MAX_IN_FEATURES = 131072
 """As many products of two int8 fit into an int32 sum."""
+WRONG_COUNTS = 2
+"""What the kernel returns where rows per expert are not those of the rows."""
 
 
 class _Weight(ctypes.Structure):
@@ -43,6 +44,22 @@ class PackedWeight(PackedInt8):
     """
 
     view: _Weight
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class JoinedExperts:
+    """The experts of a layer as one call reads them; made by `join_experts`.
+
+    Attributes:
+        weights: the views of gate_up and down of expert 0, of expert 1, ...
+        hidden_size: D.
+        packed: owns what the views point at.
+    """
+
+    weights: ctypes.Array[_Weight]
+    num_experts: int
+    hidden_size: int
+    packed: tuple[PackedInt8, ...]
 
 
 class NativeInt8:
@@ -96,7 +113,7 @@ class NativeInt8:
         Raises:
             ValueError: rows, scales and weight do not belong together.
         """
-        rows, row_scales = _checked_rows(rows, row_scales, packed)
+        rows, row_scales = _checked_rows(rows, row_scales, packed.view.k)
         output = torch.empty(rows.shape[0], packed.view.n)
         failure = self._library.int8_linear(
             *(self._path, compute_threads.count(), rows.data_ptr(), row_scales.data_ptr(), rows.shape[0]),
@@ -130,7 +147,7 @@ class NativeInt8:
         Raises:
             ValueError: rows and weights do not belong together.
         """
-        _check_expert(gate_up, down, gate_up)
+        _check_expert(gate_up.view, down.view, gate_up.view)
         x = _checked_floats(x, gate_up)
         output = torch.empty_like(x)
         failure = self._library.int8_mlp(
@@ -141,16 +158,29 @@ class NativeInt8:
             raise MemoryError(f"no memory to run {x.shape[0]} rows: send fewer at once")
         return output
 
+    def join_experts(self, gate_up: Sequence[PackedInt8], down: Sequence[PackedInt8]) -> JoinedExperts:
+        """Put the experts of a layer together for `int8_experts`: gate_up [2F, D] and down [D, F] of each.
+
+        Raises:
+            ValueError: there is none, they are not all of one shape, or another backend has packed them.
+        """
+        pairs = [*zip(gate_up, down, strict=True)]
+        views = [one.view for pair in pairs for one in pair if isinstance(one, PackedWeight)]
+        if not pairs or len(views) != 2 * len(pairs):
+            raise ValueError(f"{len(views)} of {2 * len(pairs)} weights can be joined: pack all of them here")
+        for index in range(0, len(views), 2):
+            _check_expert(views[index], views[index + 1], views[0])
+        return JoinedExperts((_Weight * len(views))(*views), len(pairs), views[0].k, (*gate_up, *down))
+
     def int8_experts(
         self,
         rows: Tensor,
         row_scales: Tensor,
         tokens_per_expert: Tensor,
-        gate_up: Sequence[PackedWeight],
-        down: Sequence[PackedWeight],
+        joined: JoinedExperts,
         dtype: torch.dtype = torch.float32,
-    ) -> Tensor:  # [R, D] int8, [R] float32, [E_local], E_local x [2F, D], E_local x [D, F] -> [R, D]
-        """Run rows, sorted by expert, through the experts of a layer, all of one shape, in one call.
+    ) -> Tensor:  # [R, D] int8, [R] float32, [E_local] int64 -> [R, D]
+        """Run rows, sorted by expert, through the experts of a layer in one call.
 
         The bits are those of int8_linear, silu(gate) * up in float32, quantize_rows and int8_linear, rounded
         to `dtype`, which is float32 or bfloat16.
@@ -158,42 +188,36 @@ class NativeInt8:
         Raises:
             ValueError: rows, scales, counts and weights do not belong together.
         """
-        counts, active = counted_experts(tokens_per_expert, len(rows), gate_up, down)
-        if not active:
-            return torch.empty(rows.shape, dtype=dtype)
-        for expert in active:
-            _check_expert(gate_up[expert], down[expert], gate_up[active[0]])
-        rows, row_scales = _checked_rows(rows, row_scales, gate_up[active[0]])
-        output = torch.empty(rows.shape, dtype=dtype)
-        weights = (_Weight * (2 * len(active)))(
-            *(packed.view for expert in active for packed in (gate_up[expert], down[expert]))
-        )
-        failure = self._library.int8_experts(
-            *(self._path, compute_threads.count(), rows.data_ptr(), row_scales.data_ptr(), len(active)),
-            *(
-                (ctypes.c_int64 * len(active))(*(counts[expert] for expert in active)),
-                weights,
-                dtype == torch.bfloat16,
-                output.data_ptr(),
-            ),
-        )
-        if failure:
-            raise MemoryError(
-                f"no memory to run {len(rows)} rows through {len(active)} experts: send fewer at once"
+        rows, row_scales = _checked_rows(rows, row_scales, joined.hidden_size)
+        if tokens_per_expert.shape != (joined.num_experts,) or tokens_per_expert.dtype != torch.int64:
+            raise ValueError(
+                f"tokens_per_expert {list(tokens_per_expert.shape)} of {tokens_per_expert.dtype} must be "
+                f"int64 [{joined.num_experts}]"
             )
+        counts = tokens_per_expert.contiguous()
+        output = torch.empty(rows.shape, dtype=dtype)
+        failure = self._library.int8_experts(
+            *(self._path, compute_threads.count(), rows.data_ptr(), row_scales.data_ptr(), len(rows)),
+            *(joined.num_experts, counts.data_ptr(), joined.weights, dtype == torch.bfloat16),
+            output.data_ptr(),
+        )
+        if failure == WRONG_COUNTS:
+            raise ValueError(f"tokens_per_expert {counts.tolist()} does not count {len(rows)} rows")
+        if failure:
+            raise MemoryError(f"no memory to run {len(rows)} rows through their experts: send fewer at once")
         return output
 
 
-def _checked_rows(rows: Tensor, row_scales: Tensor, packed: PackedWeight) -> tuple[Tensor, Tensor]:
+def _checked_rows(rows: Tensor, row_scales: Tensor, num_in: int) -> tuple[Tensor, Tensor]:
     if (
         rows.dtype != torch.int8
         or row_scales.dtype != torch.float32
-        or rows.shape != (len(row_scales), packed.view.k)
+        or rows.shape != (len(row_scales), num_in)
     ):
         raise ValueError(
             f"rows {list(rows.shape)} of {rows.dtype} with scales {list(row_scales.shape)} of "
-            f"{row_scales.dtype} do not fit a weight [{packed.view.n}, {packed.view.k}]: give int8 "
-            f"[M, {packed.view.k}] and float32 [M]"
+            f"{row_scales.dtype} do not fit weights of {num_in} in-features: give int8 [M, {num_in}] and "
+            "float32 [M]"
         )
     return rows.contiguous(), row_scales.contiguous()
 
@@ -207,13 +231,13 @@ def _checked_floats(x: Tensor, packed: PackedWeight) -> Tensor:
     return x.contiguous()
 
 
-def _check_expert(gate_up: PackedWeight, down: PackedWeight, first: PackedWeight) -> None:
-    size, hidden_size = first.view.n // 2, first.view.k
-    shapes = (gate_up.view.n, gate_up.view.k, down.view.n, down.view.k)
+def _check_expert(gate_up: _Weight, down: _Weight, first: _Weight) -> None:
+    size, hidden_size = first.n // 2, first.k
+    shapes = (gate_up.n, gate_up.k, down.n, down.k)
     if shapes != (2 * size, hidden_size, hidden_size, size):
         raise ValueError(
             f"an expert with gate_up {list(shapes[:2])} and down {list(shapes[2:])} does not fit one with "
-            f"gate_up [{first.view.n}, {hidden_size}]: all experts of a call are [2F, D] and [D, F]"
+            f"gate_up [{first.n}, {hidden_size}]: all experts of a call are [2F, D] and [D, F]"
         )
 
 
@@ -236,6 +260,6 @@ def load(library: Path = LIBRARY, path: str | None = None) -> NativeInt8:
     opened.int8_quantising_linear.argtypes = [number, number, number, pointer, size, pointer, pointer]
     opened.int8_mlp.argtypes = [number, number, number, pointer, size, pointer, pointer]
     opened.int8_experts.argtypes = [
-        *(number, number, pointer, pointer, size, pointer, pointer, number, pointer)
+        *(number, number, pointer, pointer, size, size, pointer, pointer, number, pointer)
     ]
     return NativeInt8(opened, path or best_path(opened))

@@ -40,7 +40,7 @@ class LayerExperts:
         row_scales: Tensor | None = None,
         is_grouped: bool = True,
     ) -> Tensor:  # [R, D] -> [R, D]
-        """Run rows, sorted by local expert, through their experts; call `on_progress` after each of them.
+        """Run rows, sorted by local expert, through their experts; call `on_progress` as the kernels do.
 
         `is_grouped` allows one fused call for all of them, where the device has one: the bits are the same.
         """

@@ -34,7 +34,7 @@ using namespace int8;
 extern "C" {
 
 // Of this interface. common/native_int8.py refuses a library of another one.
-EXPORT int int8_version() { return 6; }
+EXPORT int int8_version() { return 7; }
 
 // The best path of this CPU; the lower numbers work too. 0 portable, 1 AVX2, 2 AVX-512 VNNI.
 EXPORT int int8_best_path() {
@@ -122,14 +122,21 @@ EXPORT int int8_mlp(int path, int threads, int is_bfloat16, const void* x, int64
 
 // rows [R, D], row_scales [R], sorted by expert -> out [R, D], float or bfloat16: each row through its
 // expert, down(quantised(silu(gate) * up)). weights: gate_up [2F, D] and down [D, F] of expert 0, of expert 1,
-// ... Returns as int8_linear does.
-EXPORT int int8_experts(int path, int threads, const int8_t* rows, const float* row_scales,
+// ... Returns as int8_linear does, or 2 if rows_of_expert does not count `num_rows` rows.
+EXPORT int int8_experts(int path, int threads, const int8_t* rows, const float* row_scales, int64_t num_rows,
                         int64_t num_experts, const int64_t* rows_of_expert, const Weight* weights,
                         int is_bfloat16, void* out) try {
+  int64_t left = num_rows;
+  for (int64_t expert = 0; expert < num_experts; expert++) {
+    if (rows_of_expert[expert] < 0 || rows_of_expert[expert] > left) return 2;
+    left -= rows_of_expert[expert];
+  }
+  if (left) return 2;
   std::vector<Job> jobs;
   Input in = {rows, row_scales, kInt8};
   Output to = {out, is_bfloat16 ? kBfloat16 : kFloat};
   for (int64_t expert = 0; expert < num_experts; expert++) {
+    if (!rows_of_expert[expert]) continue;
     const Weight &gate_up = weights[expert * 2], &down = weights[expert * 2 + 1];
     add_jobs(path, jobs, in, to, rows_of_expert[expert], gate_up, down);
     in = in.from(rows_of_expert[expert], gate_up.k);

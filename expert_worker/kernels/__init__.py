@@ -92,7 +92,7 @@ class ExpertKernels(Protocol):
             row_scales: [R] float32 if rows are quantised and stand for rows * row_scales, else None.
             tokens_per_expert: [E_local] int64 on the CPU; sums to R, may hold zeros.
             packed: what `pack` returned.
-            on_progress: called after each expert that had rows.
+            on_progress: called after each expert that had rows, or once where one call has run them all.
             is_grouped: whether one fused call may run all experts, where the device has one: the bits are the
                 same.
 

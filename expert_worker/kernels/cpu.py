@@ -5,7 +5,8 @@ Shapes: R rows, E_local local experts, D hidden_size, F moe_intermediate_size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,10 +14,11 @@ from torch import Tensor
 from common import int8_rows, native_bf16
 from common.cpu_linear import linear
 from common.native_bf16 import NativeBf16
+from common.native_int8 import JoinedExperts
 from common.quantization.w8a8 import Int8Weight
 from common.rows import swiglu
-from expert_worker.kernels import PackedExperts, PackedInt8Experts
-from expert_worker.kernels.reference import expand_rows, join, join_int8, pack
+from expert_worker.kernels import PackedExperts, PackedInt8Experts, reference
+from expert_worker.kernels.reference import expand_rows, join, pack
 
 __all__ = [
     "expand_rows",
@@ -28,6 +30,17 @@ __all__ = [
     "pack",
     "pack_int8",
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class FusedInt8Experts(PackedInt8Experts):
+    """The int8 experts of a layer that one call runs.
+
+    Attributes:
+        joined: all of them, as that call reads them.
+    """
+
+    joined: JoinedExperts
 
 
 def experts(
@@ -44,7 +57,7 @@ def experts(
     native = _native(rows)
     if is_grouped and native is not None:
         output = native.experts(rows, tokens_per_expert, packed.gate_up, packed.down)
-        _report(tokens_per_expert, on_progress)
+        _report(on_progress)
         return output
     output = torch.empty_like(rows)
     first = 0
@@ -54,8 +67,7 @@ def experts(
         own = slice(first, first + num_rows)
         output[own] = _one_expert(rows[own], packed.gate_up[expert], packed.down[expert])
         first = own.stop
-        if on_progress is not None:
-            on_progress()
+        _report(on_progress)
     return output
 
 
@@ -85,7 +97,17 @@ def pack_int8(
         both = torch.cat([gate.weight, up.weight]), torch.cat([gate.scale, up.scale])
         gate_up.append(int8_rows.pack_int8(*both))
         down.append(int8_rows.pack_int8(last.weight, last.scale))
-    return PackedInt8Experts(tuple(gate_up), tuple(down), dtype)
+    return _fused(PackedInt8Experts(tuple(gate_up), tuple(down), dtype))
+
+
+def join_int8(parts: Sequence[PackedInt8Experts]) -> PackedInt8Experts:
+    """Put all parts' experts one after another, and together for one call where there is a kernel for it."""
+    return _fused(reference.join_int8(parts))
+
+
+def _fused(packed: PackedInt8Experts) -> PackedInt8Experts:
+    joined = int8_rows.join_experts(packed.gate_up, packed.down)
+    return packed if joined is None else FusedInt8Experts(packed.gate_up, packed.down, packed.dtype, joined)
 
 
 def int8_experts(
@@ -99,11 +121,9 @@ def int8_experts(
     """Run every row through its expert: quantise, multiply, SwiGLU in float32, quantise, multiply."""
     if row_scales is None:
         rows, row_scales = int8_rows.quantize_rows(rows)
-    if is_grouped and int8_rows.has_fused_experts():
-        output = int8_rows.int8_experts(
-            rows, row_scales, tokens_per_expert, packed.gate_up, packed.down, packed.dtype
-        )
-        _report(tokens_per_expert, on_progress)
+    if is_grouped and isinstance(packed, FusedInt8Experts):
+        output = int8_rows.int8_experts(rows, row_scales, tokens_per_expert, packed.joined, packed.dtype)
+        _report(on_progress)
         return output
     output = torch.empty(rows.shape, dtype=packed.dtype, device=rows.device)
     first = 0
@@ -115,19 +135,17 @@ def int8_experts(
         hidden, hidden_scales = int8_rows.quantize_rows(swiglu(gate, up))
         output[own] = int8_rows.int8_linear(hidden, hidden_scales, packed.down[expert]).to(packed.dtype)
         first = own.stop
-        if on_progress is not None:
-            on_progress()
+        _report(on_progress)
     return output
 
 
-def _report(tokens_per_expert: Tensor, on_progress: Callable[[], None] | None) -> None:
+def _report(on_progress: Callable[[], None] | None) -> None:
     if on_progress is not None:
-        for _ in range(int(tokens_per_expert.count_nonzero())):
-            on_progress()
+        on_progress()
 
 
 def is_fused(packed: PackedExperts | PackedInt8Experts) -> bool:
     """Whether one call runs all experts: in int8 and in bfloat16, by the native kernels."""
     if isinstance(packed, PackedInt8Experts):
-        return int8_rows.has_fused_experts()
+        return isinstance(packed, FusedInt8Experts)
     return any(_native(down) is not None for down in packed.down)

@@ -137,7 +137,7 @@ def experts(
     ends = tokens_per_expert.cumsum(0).to(rows.device)
     gate_up = _grouped(rows, packed.gate_up_stack, ends)
     output = _grouped(torch_npu.npu_swiglu(gate_up), packed.down_stack, ends)
-    _report(tokens_per_expert, on_progress)
+    _report(on_progress)
     return output
 
 
@@ -239,7 +239,7 @@ def int8_experts(
         group_list_type=CUMULATIVE,
         output_dtype=packed.dtype,
     )[0]
-    _report(tokens_per_expert, on_progress)
+    _report(on_progress)
     return output
 
 
@@ -275,10 +275,9 @@ def _three_operators(
     return hidden, scales
 
 
-def _report(tokens_per_expert: Tensor, on_progress: Callable[[], None] | None) -> None:
+def _report(on_progress: Callable[[], None] | None) -> None:
     if on_progress is not None:
-        for _ in range(int(tokens_per_expert.count_nonzero())):
-            on_progress()
+        on_progress()
 
 
 def is_fused(packed: PackedExperts | PackedInt8Experts) -> bool:

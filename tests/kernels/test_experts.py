@@ -72,7 +72,7 @@ def test_progress_is_reported_once_for_each_expert_that_has_rows(device: str) ->
     experts = layer(4, 16, 8, torch.float32, load_kernels(device))
     calls: list[None] = []
     experts.forward(randn(4, 6, 16), torch.tensor([1, 0, 2, 3]), on_progress=lambda: calls.append(None))
-    assert len(calls) == 3
+    assert len(calls) == 3  # none of these devices runs float32 experts in one call
 
 
 @DEVICES

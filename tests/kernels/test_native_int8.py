@@ -10,6 +10,7 @@ from torch import Tensor
 
 from common import native_int8, native_library
 from common.errors import ConfigError
+from common.int8_reference import PackedInt8
 from common.native.compiler import COMPILERS, compile_library
 from common.native_int8 import NativeInt8, PackedWeight
 from common.native_library import PATHS
@@ -139,11 +140,12 @@ def test_a_quantizing_linear_has_the_bits_of_quantising_multiplying_and_rounding
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_an_mlp_has_the_bits_of_a_single_expert(kernel: NativeInt8, dtype: torch.dtype) -> None:
-    (gate_up,), (down,) = Layer(kernel, 1, 40, 24, 1.0).packed
+    layer = Layer(kernel, 1, 40, 24, 1.0)
+    (gate_up,), (down,) = layer.packed
     x = randn(2, 600, 40, dtype=dtype)
     rows = kernel.quantize_rows(x)
-    expected = kernel.int8_experts(*rows, torch.tensor([600]), [gate_up], [down]).to(dtype)
-    assert torch.equal(kernel.int8_experts(*rows, torch.tensor([600]), [gate_up], [down], dtype), expected)
+    expected = layer.forward(*rows, [600]).to(dtype)
+    assert torch.equal(kernel.int8_experts(*rows, torch.tensor([600]), layer.joined, dtype), expected)
     for threads in THREAD_COUNTS:
         with num_threads(threads):
             for count in SEVERAL_ROW_COUNTS:
@@ -155,10 +157,9 @@ def test_no_rows_give_no_rows(kernel: NativeInt8) -> None:
     packed, down = pack(kernel, some_weight(1, 24, 16)), pack(kernel, some_weight(1, 16, 12))
     none = torch.empty(0, 16, dtype=torch.int8)
     assert kernel.int8_linear(none, torch.empty(0), packed).shape == (0, 24)
-    assert kernel.int8_experts(none, torch.empty(0), torch.zeros(2), [packed] * 2, [down] * 2).shape == (
-        0,
-        16,
-    )
+    joined = kernel.join_experts([packed] * 2, [down] * 2)
+    no_counts = torch.zeros(2, dtype=torch.int64)
+    assert kernel.int8_experts(none, torch.empty(0), no_counts, joined).shape == (0, 16)
     rows, scales = kernel.quantize_rows(torch.empty(0, 16))
     assert (rows.shape, scales.shape) == ((0, 16), (0,))
 
@@ -208,9 +209,10 @@ class Layer:
         self.gate_up = [some_weight(10 + e, 2 * size, hidden_size, scale) for e in range(num_experts)]
         self.down = [some_weight(50 + e, hidden_size, size) for e in range(num_experts)]
         self.packed = [pack(kernel, weight) for weight in self.gate_up], [pack(kernel, w) for w in self.down]
+        self.joined = kernel.join_experts(*self.packed)
 
     def forward(self, rows: Tensor, row_scales: Tensor, counts: list[int]) -> Tensor:
-        return self.kernel.int8_experts(rows, row_scales, torch.tensor(counts), *self.packed)
+        return self.kernel.int8_experts(rows, row_scales, torch.tensor(counts), self.joined)
 
     def compose(self, rows: Tensor, row_scales: Tensor, counts: list[int]) -> Tensor:
         return oracle.experts(rows, row_scales, counts, self.gate_up, self.down)
@@ -288,7 +290,7 @@ def test_rows_that_do_not_fit_are_refused_with_what_fits() -> None:
     kernel = native_int8.load()
     packed = kernel.pack_int8(torch.ones(4, 8, dtype=torch.int8), torch.ones(4))
     rows = torch.ones(3, 8, dtype=torch.int8)
-    fits = r"fit a weight \[4, 8\]: give int8 \[M, 8\] and float32 \[M\]"
+    fits = r"fit weights of 8 in-features: give int8 \[M, 8\] and float32 \[M\]"
     for wrong in ((rows[:, :7], torch.ones(3)), (rows, torch.ones(2)), (rows.float(), torch.ones(3))):
         with pytest.raises(ValueError, match=fits):
             kernel.int8_linear(*wrong, packed)
@@ -299,16 +301,22 @@ def test_rows_that_do_not_fit_are_refused_with_what_fits() -> None:
 @needs_library
 def test_experts_that_do_not_belong_together_are_refused() -> None:
     kernel = native_int8.load()
-    small, large = Layer(kernel, 2, 16, 8, 1.0).packed, Layer(kernel, 2, 16, 12, 1.0).packed
+    small, large = Layer(kernel, 2, 16, 8, 1.0), Layer(kernel, 2, 16, 12, 1.0)
     rows, row_scales = some_int8_rows(1, 3, 16)
-    for counts in ([1, 1], [1, 1, 1], [4, -1]):
-        with pytest.raises(ValueError, match="must count 3 rows of 2 experts"):
-            kernel.int8_experts(rows, row_scales, torch.tensor(counts), *small)
-    mixed = [small[0][0], large[0][1]], [small[1][0], large[1][1]]
+    for counts in ([1, 1], [4, -1], [-1, 4]):
+        with pytest.raises(ValueError, match=r"tokens_per_expert \[.*\] does not count 3 rows"):
+            small.forward(rows, row_scales, counts)
+    for wrong in (torch.tensor([1, 1, 1]), torch.tensor([1.0, 2.0])):
+        with pytest.raises(ValueError, match=r"must be int64 \[2\]"):
+            kernel.int8_experts(rows, row_scales, wrong, small.joined)
+    mixed = [small.packed[0][0], large.packed[0][1]], [small.packed[1][0], large.packed[1][1]]
     with pytest.raises(
         ValueError, match=r"an expert with gate_up \[24, 16\] and down \[16, 12\] does not fit"
     ):
-        kernel.int8_experts(rows, row_scales, torch.tensor([1, 2]), *mixed)
+        kernel.join_experts(*mixed)
+    plain = PackedInt8((torch.ones(4, 8, dtype=torch.int8),), torch.ones(4), None)
+    with pytest.raises(ValueError, match="2 of 4 weights can be joined"):
+        kernel.join_experts([small.packed[0][0], plain], [small.packed[1][0], plain])
 
 
 @needs_library
