@@ -19,20 +19,24 @@ class ExpertLoads:
     def __init__(self, n_routed_experts: int, moe_layer_ids: Iterable[int]) -> None:
         self._rows = {layer_id: row for row, layer_id in enumerate(moe_layer_ids)}
         self._settled = torch.zeros(len(self._rows), n_routed_experts, dtype=torch.int64)  # [L, E]
-        self._of_step = torch.zeros_like(self._settled)
+        self._of_step: list[tuple[int, Tensor]] = []
 
     def begin_step(self) -> None:
         """Forget the choices of a step that did not settle: it is computed again."""
-        self._of_step.zero_()
+        self._of_step.clear()
 
-    def count(self, layer_id: int, topk_ids: Tensor) -> None:  # [T, K]
-        """Count the choices of a micro-batch in one layer, until the step settles."""
-        counts = self._of_step[self._rows[layer_id]]
-        counts += torch.bincount(topk_ids.reshape(-1), minlength=counts.numel()).to(counts.device)
+    def note(self, layer_id: int, topk_ids: Tensor) -> None:  # [T, K]
+        """Keep the choices of a micro-batch in one layer until the step settles."""
+        self._of_step.append((self._rows[layer_id], topk_ids))
 
     def settle(self) -> None:
-        """The step is computed: its choices count."""
-        self._settled += self._of_step
+        """The step is computed: its choices count, those of all layers at once."""
+        if self._of_step:
+            num_experts = self._settled.shape[1]
+            choices = torch.cat([(row * num_experts + ids).reshape(-1) for row, ids in self._of_step])
+            counts = torch.bincount(choices, minlength=self._settled.numel())
+            self._settled += counts.to(self._settled.device).view_as(self._settled)
+            self._of_step.clear()
 
     def layers(self) -> dict[int, list[int]]:
         """Counts by layer, in the order of the experts."""
@@ -63,10 +67,9 @@ class CountedExchange:
     def dispatch(
         self, layer_id: int, micro_batch: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
     ) -> Dispatched:
-        """Pass on, then count while the rows are away: topk_ids [T, K]."""
-        dispatched = self._exchange.dispatch(layer_id, micro_batch, hidden_states, topk_ids, topk_weights)
-        self._loads.count(layer_id, topk_ids)
-        return dispatched
+        """Note the choices, topk_ids [T, K], and pass on."""
+        self._loads.note(layer_id, topk_ids)
+        return self._exchange.dispatch(layer_id, micro_batch, hidden_states, topk_ids, topk_weights)
 
     def combine(self, dispatched: Dispatched) -> Tensor:
         """Pass on."""

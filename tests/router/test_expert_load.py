@@ -42,11 +42,11 @@ def test_every_choice_of_every_token_is_counted_once(tmp_path: Path) -> None:
 def test_a_step_that_is_computed_again_is_counted_once() -> None:
     loads = ExpertLoads(3, [4, 6])
     loads.begin_step()
-    loads.count(4, torch.tensor([[0, 1], [0, 2]]))  # then a worker is lost
+    loads.note(4, torch.tensor([[0, 1], [0, 2]]))  # then a worker is lost
     for topk_ids in ([[0, 1], [0, 2]], [[2, 1]]):
         loads.begin_step()
-        loads.count(4, torch.tensor(topk_ids))
-        loads.count(6, torch.tensor(topk_ids[:1]))
+        loads.note(4, torch.tensor(topk_ids))
+        loads.note(6, torch.tensor(topk_ids[:1]))
         loads.settle()
     assert loads.layers() == {4: [2, 2, 2], 6: [1, 2, 1]}
 
