@@ -267,7 +267,7 @@ void attend(const LatentQuery<T>& query, const LatentCache<T>& cache, Attended& 
 }
 
 // One head's queries against the keys and values of its sequence: query i stands at position start + i. Keys
-// lie dimension first, [size, most_keys], so that a product of all keys with one number is one of whole rows.
+// lie dimension first, [size, key_stride], so that a product of all keys with one number is one of whole rows.
 template <class T>
 void attend_prompt(const HeadRows<T>& queries, const PromptHead& head, PromptState& state, int64_t out_stride,
                    T* out) {
@@ -285,7 +285,7 @@ void attend_prompt(const HeadRows<T>& queries, const PromptHead& head, PromptSta
     for (int64_t first = 0; first < position + rows; first += kPromptTile) {
       const int64_t keys = std::min(kPromptTile, head.most_keys - first);
       std::memset(state.scores, 0, rows * kPromptTile * sizeof(float));
-      blend(state.queries, head.size, rows, head.keys + first, head.most_keys, keys, head.size, none,
+      blend(state.queries, head.size, rows, head.keys + first, head.key_stride, keys, head.size, none,
             state.scores, kPromptTile);
       for (int64_t row = 0; row < rows; row++) {
         float* scores = state.scores + row * kPromptTile;

@@ -64,10 +64,10 @@ struct Attended {
   float maximum[kMostHeads], sum[kMostHeads], fading[kMostHeads];
 };
 
-// The keys [size, most_keys] and values [most_keys, values] of one head.
+// The keys [size, most_keys], their rows `key_stride` apart, and values [most_keys, values] of one head.
 struct PromptHead {
   float *keys, *value_rows;
-  int64_t size, values, most_keys, start;
+  int64_t size, values, most_keys, key_stride, start;
   float scale;
 };
 
@@ -242,7 +242,7 @@ void lay_out_head(const Prompt<T>& prompt, int64_t head, PromptHead& to) {
     const int64_t last = std::min<int64_t>(first + kLanes, to.most_keys);
     for (int64_t i = 0; i < to.size; i++)
       for (int64_t key = first; key < last; key++)
-        to.keys[i * to.most_keys + key] = widen(k[key * prompt.k_strides[0] + i]);
+        to.keys[i * to.key_stride + key] = widen(k[key * prompt.k_strides[0] + i]);
   }
   for (int64_t key = 0; key < to.most_keys; key++)
     for (int64_t i = 0; i < to.values; i++)
@@ -254,12 +254,16 @@ bool prompt_rows(int path, int threads, const Prompt<T>& prompt, float scale, T*
   const int64_t keys = prompt.start + prompt.queries;
   const int64_t products = prompt.queries * keys * prompt.heads * prompt.size;
   return try_each(threads_for(threads, prompt.heads, products), prompt.heads, [&](int64_t head) {
-    Workspace work((keys + kQueryTile) * (prompt.size + prompt.values) + kQueryTile * kPromptTile);
-    PromptHead own = {work.take(keys * prompt.size),
+    // An odd number of cache lines: rows that a power of two lies between would share a few sets of the cache.
+    const int64_t key_stride = (ceil_div(keys, kLanes) | 1) * kLanes;
+    Workspace work(key_stride * prompt.size + keys * prompt.values +
+                   kQueryTile * (prompt.size + prompt.values + kPromptTile));
+    PromptHead own = {work.take(key_stride * prompt.size),
                       work.take(keys * prompt.values),
                       prompt.size,
                       prompt.values,
                       keys,
+                      key_stride,
                       prompt.start,
                       scale};
     lay_out_head(prompt, head, own);
