@@ -36,8 +36,11 @@ def settle(number: int | None, device: str) -> None:
 
 def fit_torch(num_rows: int) -> None:
     """Give torch the threads that pay for operations on so many rows."""
-    if _settled is not None:
-        torch.set_num_threads(_settled if num_rows >= MANY_ROWS else 1)
+    if _settled is None:
+        return
+    number = _settled if num_rows >= MANY_ROWS else 1
+    if number != torch.get_num_threads():  # to set it takes longer than to ask
+        torch.set_num_threads(number)
 
 
 @contextmanager

@@ -146,12 +146,7 @@ class SharedMemoryLink:
             return None
         except OSError as error:
             raise LinkError(f"the link failed: {error.strerror}") from error
-        fds = [
-            fd
-            for level, kind, content in control
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
-            for (fd,) in _number.iter_unpack(content[: len(content) - len(content) % _number.size])
-        ]
+        fds = _descriptors(control) if control else []
         if not datagram:
             raise LinkError("the link failed: the process at its other end is gone, or has closed it")
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(fds) > 1:
@@ -163,17 +158,18 @@ class SharedMemoryLink:
     def _opened(self, came: tuple[bytes, int | None]) -> Tensor | None:
         """Read a datagram; the message it announces, if it does. Every number is checked before its use."""
         datagram, fd = came
-        head, body = datagram[: _datagram.size], datagram[_datagram.size :]
         posted_ns, num_bytes, number, num_read, num_retired = (
-            _datagram.unpack(head) if len(head) == _datagram.size else (0, 0, 0, 0, 1)
+            _datagram.unpack_from(datagram) if len(datagram) >= _datagram.size else (0, 0, 0, 0, 0)
         )
-        if len(body) != (num_read + num_retired) * _number.size or (fd is not None and not number):
+        num_words = num_read + num_retired
+        wanted = _datagram.size + num_words * _number.size
+        if len(datagram) != wanted or (fd is not None and not number):
             if fd is not None:
                 os.close(fd)
             raise LinkError(f"a datagram of {len(datagram)} bytes is not of this protocol")
         if fd is not None:
             self._peers.add(number, fd)
-        words = [word for (word,) in _number.iter_unpack(body)]
+        words = struct.unpack_from(f"={num_words}I", datagram, _datagram.size)
         for word in words[:num_read]:
             if not self._own.give_back(word):
                 self._retired.append(word)
@@ -191,3 +187,12 @@ class SharedMemoryLink:
     def _check_open(self) -> None:
         if self._is_closed:
             raise LinkError("the link is closed: join a new one")
+
+
+def _descriptors(control: list[tuple[int, int, bytes]]) -> list[int]:
+    return [
+        fd
+        for level, kind, content in control
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+        for (fd,) in _number.iter_unpack(content[: len(content) - len(content) % _number.size])
+    ]

@@ -136,15 +136,21 @@ def unpack(buffer: Tensor, header: Header, *layout: tuple[tuple[int, ...], torch
     expected = HEADER_BYTES + sum([prod(shape) * dtype.itemsize for shape, dtype in layout])
     if expected != header.num_bytes:
         raise MessageError(f"a message of {header.num_bytes} bytes was expected to have {expected}: {header}")
-    return view_arrays(buffer[HEADER_BYTES:], *layout)
+    return _views(buffer, HEADER_BYTES, layout)
 
 
 def view_arrays(buffer: Tensor, *layout: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor]:
     """Views of the arrays that `write_arrays` wrote."""
+    return _views(buffer, 0, layout)
+
+
+def _views(
+    buffer: Tensor, offset: int, layout: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+) -> list[Tensor]:
     arrays: list[Tensor] = []
-    offset = 0
     for shape, dtype in layout:
         length = prod(shape) * dtype.itemsize
-        arrays.append(buffer.narrow(0, offset, length).view(dtype).view(shape))
+        array = buffer.narrow(0, offset, length).view(dtype)
+        arrays.append(array if len(shape) == 1 else array.view(shape))
         offset += length
     return arrays
