@@ -4,6 +4,7 @@
 // Of a packed weight: G = K / 4 rounded up to a multiple of 4, B = N / 16 rounded up.
 #pragma once
 #include <atomic>
+#include <chrono>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -20,7 +21,11 @@ constexpr int64_t kWorkspace = 8 << 20;
 constexpr int64_t kLeastSegment = 64;
 // What a task reads of a weight, times the rows that meet it over 8: from a few microseconds to some hundred.
 constexpr int64_t kLeastTask = 1 << 14, kMostTask = 1 << 19;
-constexpr int kSpins = 1000;  // about 20 microseconds
+// How often a thread that waits for another looks at once, some 20 microseconds, and then giving way, before
+// it sleeps between two looks: who yields may be let go on at once, while another process keeps the core from
+// the thread that is waited for.
+constexpr int kSpins = 1000, kYields = 50;
+constexpr std::chrono::microseconds kNap{50};
 
 // What rows are: int8 with a scale each, or numbers that are quantised on the way.
 enum Type { kFloat, kBfloat16, kInt8 };
@@ -88,12 +93,16 @@ struct Step {
 
   bool is_done() const { return done.load(std::memory_order_acquire) == count; }
   void wait() const {
-    for (int spin = 0; !is_done(); spin++) {
-      if (spin >= kSpins) std::this_thread::yield();
+    for (int look = 0; !is_done(); look++) {
+      if (look >= kSpins + kYields) {
+        std::this_thread::sleep_for(kNap);
+      } else if (look >= kSpins) {
+        std::this_thread::yield();
+      } else {
 #ifdef __x86_64__
-      else
         _mm_pause();
 #endif
+      }
     }
   }
 };
