@@ -47,6 +47,12 @@ class Served:
         ids = [self.tokenizer.encode(text) for text in prompts]
         return [self.tokenizer.decode(tokens) for tokens in self.greedy(ids, num_tokens)]
 
+    def logits(self, ids: list[int]) -> torch.Tensor:  # -> [T, V] float32
+        """Compute the logits after every token, decoded token by token."""
+        sequence = self.driver.sequence(ids)
+        steps = (self.driver.step(Chunk(sequence, position, 1, True)) for position in range(len(ids)))
+        return torch.cat([*steps]).float()
+
     def accuracy(self, task: str) -> float:
         """The share of the task's sample that is answered right to the last character."""
         questions = sample(task)
