@@ -221,7 +221,7 @@ def test_a_layer_of_experts_is_two_grouped_products(
     if len(rows):
         compare(found, expected)
     assert found.shape == expected.shape
-    assert len(ticks) == sum(count > 0 for count in counts)
+    assert len(ticks) == (1 if len(rows) else 0)  # one call has run them all
     assert called(calls).count("aclnnGroupedMatmulV5") == (2 if len(rows) else 0)
 
 
