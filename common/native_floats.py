@@ -24,11 +24,19 @@ BFLOAT16 = torch.bfloat16
 TASK_OUTPUTS = 32
 """Outputs of `linear` that one thread computes at a time: their weights, widened, stay in its cache."""
 _POINTER, _SIZE, _NUMBER, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-_FOUR_SIZES = _SIZE * 4
+_THREE_SIZES, _FOUR_SIZES = _SIZE * 3, _SIZE * 4
 _ARGUMENTS = {
     "float_rms_norm": [_NUMBER, _NUMBER, _NUMBER, _POINTER, *[_SIZE] * 3, _POINTER, _FLOAT, _POINTER],
     "float_swiglu": [_NUMBER, _NUMBER, _NUMBER, _POINTER, _POINTER, *[_SIZE] * 4, _POINTER],
-    "float_rotate": [_NUMBER, _NUMBER, _NUMBER, _POINTER, *[_SIZE] * 5, *[_POINTER] * 3],
+    "float_add_rms_norm": [
+        *(_NUMBER, _NUMBER, _NUMBER, _POINTER, _POINTER, _SIZE, _SIZE),
+        *(_POINTER, _FLOAT, _POINTER),
+    ],
+    "float_add_routed": [_NUMBER, _NUMBER, _NUMBER, _POINTER, _POINTER, _SIZE, _SIZE],
+    "float_rotate_and_store": [
+        *(_NUMBER, _NUMBER, _NUMBER, _POINTER, _POINTER, *[_SIZE] * 4, _POINTER),
+        *(_POINTER, _FLOAT, _POINTER, *[_POINTER] * 4),
+    ],
     "float_sum_slots": [
         *(_NUMBER, _NUMBER, _NUMBER, _POINTER, _POINTER, _SIZE, _SIZE),
         *(_POINTER, _POINTER, _SIZE, _SIZE, _NUMBER, _POINTER),
@@ -45,10 +53,6 @@ _ARGUMENTS = {
     "float_prompt_attention": [
         *(_NUMBER, _NUMBER, _NUMBER, _POINTER, _POINTER, _POINTER, *[_SIZE] * 5),
         *(_POINTER, _FLOAT, _POINTER),
-    ],
-    "float_store_latents": [
-        *(_NUMBER, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE),
-        *(_POINTER, _SIZE, _POINTER, _SIZE),
     ],
 }
 
@@ -87,16 +91,67 @@ class NativeFloats:
         )
         return output
 
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # [T, H, R], 2 x [T, R/2] -> [T, H, R]
-        """Turn neighbouring pairs by their angle, in float32."""
-        x = x if x.stride(2) == 1 else x.contiguous()
-        cos, sin = cos.contiguous(), sin.contiguous()
-        output = torch.empty(x.shape, dtype=x.dtype)
-        self._library.float_rotate(
-            *(self._path, compute_threads.count(), _is_bfloat16(x), x.data_ptr(), *x.shape),
-            *(x.stride(0), x.stride(1), cos.data_ptr(), sin.data_ptr(), output.data_ptr()),
+    def add_rms_norm(self, residual: Tensor, update: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Add the update to the residual, in place, and normalise that: 2 x [M, D], [D] -> [M, D]."""
+        update = update.contiguous()
+        output = torch.empty(residual.shape, dtype=residual.dtype)
+        _check_in_place(residual, update.shape)
+        self._library.float_add_rms_norm(
+            *(self._path, compute_threads.count(), _is_bfloat16(residual, update, weight)),
+            *(residual.data_ptr(), update.data_ptr(), *residual.shape),
+            *(weight.data_ptr(), eps, output.data_ptr()),
         )
         return output
+
+    def add_routed(self, shared: Tensor, routed: Tensor) -> Tensor:  # [M, D], [M, D] float32 -> [M, D]
+        """Add to what shared experts made, in place, and round once."""
+        routed = routed.contiguous()
+        _check_in_place(shared, routed.shape)
+        self._library.float_add_routed(
+            *(self._path, compute_threads.count(), _is_bfloat16(shared), shared.data_ptr()),
+            *(routed.data_ptr(), *shared.shape),
+        )
+        return shared
+
+    def rotate_and_store(
+        self,
+        q: Tensor,
+        latents: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor | None,
+        eps: float,
+        cos: Tensor,
+        sin: Tensor,
+        cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> None:
+        """Give queries and keys their positions, and normalised latents with these keys to the cache.
+
+        Args:
+            q: [T, H, nope + R], of which the last R elements of each head are turned in place.
+            latents: [T, C + R], kv_c and k_pe as they were projected.
+            norm_weight: [C], and the bias that follows it, or none.
+            cos: [T, R / 2] float32, like sin.
+            cache: [blocks, block_size, C + R].
+            slot_mapping: [T] int64.
+        """
+        latents, cos, sin, slots = (
+            _rows(latents),
+            cos.contiguous(),
+            sin.contiguous(),
+            slot_mapping.contiguous(),
+        )
+        num_tokens, num_heads, q_size = q.shape
+        num_latents = norm_weight.shape[0]
+        num_rotary = latents.shape[1] - num_latents
+        self._library.float_rotate_and_store(
+            *(self._path, compute_threads.count(), _is_bfloat16(q, latents, cache, norm_weight)),
+            q.data_ptr() + (q_size - num_rotary) * q.element_size(),
+            *(latents.data_ptr(), num_tokens, num_heads, num_latents, num_rotary),
+            _THREE_SIZES(*q.stride()[:2], latents.stride(0)),
+            *(norm_weight.data_ptr(), eps, None if norm_bias is None else norm_bias.data_ptr()),
+            *(cos.data_ptr(), sin.data_ptr(), cache.data_ptr(), slots.data_ptr()),
+        )
 
     def sum_slots(
         self, parts: Sequence[Tensor], position_of: Tensor, topk_weights: Tensor, dtype: torch.dtype
@@ -216,15 +271,6 @@ class NativeFloats:
         _check(failure, len(q))
         return output
 
-    def store_latents(self, cache: Tensor, slot_mapping: Tensor, kv_c: Tensor, k_pe: Tensor) -> None:
-        """Write rows to their slots: [blocks, block_size, C + R], [T] int64, [T, C], [T, R]."""
-        kv_c, k_pe, slots = _rows(kv_c), _rows(k_pe), slot_mapping.contiguous()
-        self._library.float_store_latents(
-            *(_is_bfloat16(cache, kv_c, k_pe), cache.data_ptr(), kv_c.shape[1], k_pe.shape[1]),
-            *(slots.data_ptr(), len(slots)),
-            *(kv_c.data_ptr(), kv_c.stride(0), k_pe.data_ptr(), k_pe.stride(0)),
-        )
-
 
 def load(library: Path = LIBRARY, path: str | None = None) -> NativeFloats:
     """Load the kernels from a built library; `path` as in `native_int8.load`. Raises ConfigError."""
@@ -238,6 +284,14 @@ def load(library: Path = LIBRARY, path: str | None = None) -> NativeFloats:
 def installed() -> NativeFloats | None:
     """Return the kernels beside this package, or None where they were not built."""
     return None if native_library.why_unavailable() else load()
+
+
+def _check_in_place(x: Tensor, shape: torch.Size) -> None:
+    """Refuse what cannot be added to where it lies."""
+    if x.shape != shape or not x.is_contiguous():
+        raise ValueError(
+            f"{list(shape)} cannot be added to {list(x.shape)} in place: give one shape, without gaps"
+        )
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ Shapes: T tokens, K experts per token, E experts.
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +21,33 @@ from common.native_library import open_library
 
 FLOAT32 = torch.float32
 _POINTER, _SIZE, _NUMBER, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+
+
+@dataclass(frozen=True, slots=True)
+class GateRules:
+    """How a checkpoint's experts are scored and weighed, as the kernel wants to be told.
+
+    Attributes:
+        is_softmax: scores are a softmax over all experts; else each is a sigmoid.
+        is_corrected: a bias takes part in the choice, and a group is kept for its two best experts.
+        is_normalized: weights are made to add up to 1 before they are multiplied by `factor`.
+    """
+
+    is_softmax: bool
+    is_corrected: bool
+    is_normalized: bool
+    factor: float
+
+
+def gate_rules(config: ModelConfig) -> GateRules:
+    """Read the rules of a checkpoint."""
+    # In V2's code norm_topk_prob takes the place of the scaling factor, but not for a single expert.
+    is_v2 = config.family == "v2"
+    is_normalized = config.norm_topk_prob and not (is_v2 and config.num_experts_per_tok == 1)
+    factor = 1.0 if is_v2 and is_normalized else config.routed_scaling_factor
+    return GateRules(
+        config.scoring_func == "softmax", config.topk_method == "noaux_tc", is_normalized, factor
+    )
 
 
 class NativeGate:
@@ -36,23 +64,19 @@ class NativeGate:
         Raises:
             ValueError: the tensors are not float32, or not of the experts of `config`.
         """
-        is_corrected = config.topk_method == "noaux_tc"
-        correction = None if bias is None or not is_corrected else bias.contiguous()
+        rules = gate_rules(config)
+        correction = None if bias is None or not rules.is_corrected else bias.contiguous()
         _check(logits, correction, config.n_routed_experts)
         logits = logits.contiguous()
         num_tokens, num_experts = logits.shape
         top_k = config.num_experts_per_tok
         topk_ids = torch.empty(num_tokens, top_k, dtype=torch.int64)
         topk_weights = torch.empty(num_tokens, top_k, dtype=FLOAT32)
-        # In V2's code norm_topk_prob takes the place of the scaling factor, but not for a single expert.
-        is_v2 = config.family == "v2"
-        is_normalized = config.norm_topk_prob and not (is_v2 and top_k == 1)
         failure = self._choose(
             *(compute_threads.count(), logits.data_ptr()),
             *(None if correction is None else correction.data_ptr(), num_tokens, num_experts),
             *(config.num_groups, config.num_kept_groups, top_k),
-            *(config.scoring_func == "softmax", is_corrected, is_normalized),
-            1.0 if is_v2 and is_normalized else config.routed_scaling_factor,
+            *(rules.is_softmax, rules.is_corrected, rules.is_normalized, rules.factor),
             *(topk_ids.data_ptr(), topk_weights.data_ptr()),
         )
         if failure:

@@ -145,11 +145,31 @@ void rms_norm(const T* x, const T* weight, float eps, int64_t size, T* out) {
   }
 }
 
+// x += y, rounded.
+template <class T>
+void add_row(T* x, const T* y, int64_t size) {
+  for (int64_t i = 0; i < size; i++) narrow(widen(x[i]) + widen(y[i]), x + i);
+}
+
+// The residual gets what a layer made, and is normalised.
+template <class T>
+void add_rms_norm(T* residual, const T* update, const T* weight, float eps, int64_t size, T* out) {
+  add_row(residual, update, size);
+  rms_norm(residual, weight, eps, size, out);
+}
+
+// shared += routed, rounded once.
+template <class T>
+void add_routed(T* shared, const float* routed, int64_t size) {
+  for (int64_t i = 0; i < size; i++) narrow(routed[i] + widen(shared[i]), shared + i);
+}
+
 template <class T>
 void swiglu(const T* gate, const T* up, int64_t size, T* out) {
   for (int64_t i = 0; i < size; i++) narrow(silu_times(widen(gate[i]), widen(up[i])), out + i);
 }
 
+// `out` may be x.
 template <class T>
 void rotate(const T* x, const float* cos, const float* sin, int64_t size, T* out) {
   for (int64_t i = 0; i < size / 2; i++) {

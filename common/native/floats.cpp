@@ -173,12 +173,46 @@ void swiglu_rows(int path, int threads, const T* gate, const T* up, int64_t m, i
 }
 
 template <class T>
-void rotate_rows(int path, int threads, const T* x, int64_t tokens, int64_t heads, int64_t size,
-                 int64_t token_stride, int64_t head_stride, const float* cos, const float* sin, T* out) {
-  for_each(threads_for(threads, tokens, tokens * heads * size), tokens, [&](int64_t token) {
-    for (int64_t head = 0; head < heads; head++)
-      ON_PATH(path, rotate(x + token * token_stride + head * head_stride, cos + token * (size / 2),
-                           sin + token * (size / 2), size, out + (token * heads + head) * size));
+void add_and_norm_rows(int path, int threads, T* residual, const T* update, int64_t m, int64_t size,
+                       const T* weight, float eps, T* out) {
+  for_each(threads_for(threads, m, m * size), m, [&](int64_t row) {
+    const int64_t first = row * size;
+    ON_PATH(path, add_rms_norm(residual + first, update + first, weight, eps, size, out + first));
+  });
+}
+
+template <class T>
+void add_routed_rows(int path, int threads, T* shared, const float* routed, int64_t m, int64_t size) {
+  for_each(threads_for(threads, m, m * size), m,
+           [&](int64_t row) { ON_PATH(path, add_routed(shared + row * size, routed + row * size, size)); });
+}
+
+// The last `rope` elements of each head of a query, `head_stride` apart, and a latent of `values` elements, to
+// be normalised, with the key of `rope` elements behind it.
+template <class T>
+struct Projected {
+  T* q;
+  const T* latents;
+  int64_t heads, q_stride, head_stride, latent_stride, values, rope;
+};
+
+// Turns queries in place, and writes latents to their slots of the cache.
+template <class T>
+void place_rows(int path, int threads, const Projected<T>& rows, int64_t tokens, const T* weight, float eps,
+                const T* bias, const float* cos, const float* sin, T* cache, const int64_t* slots) {
+  const int64_t width = rows.values + rows.rope;
+  const int64_t work = tokens * (rows.heads * rows.rope + width);
+  for_each(threads_for(threads, tokens, work), tokens, [&](int64_t token) {
+    const float *own_cos = cos + token * (rows.rope / 2), *own_sin = sin + token * (rows.rope / 2);
+    for (int64_t head = 0; head < rows.heads; head++) {
+      T* q = rows.q + token * rows.q_stride + head * rows.head_stride;
+      ON_PATH(path, rotate(q, own_cos, own_sin, rows.rope, q));
+    }
+    const T* latent = rows.latents + token * rows.latent_stride;
+    T* slot = cache + slots[token] * width;
+    ON_PATH(path, rms_norm(latent, weight, eps, rows.values, slot));
+    if (bias) ON_PATH(path, add_row(slot, bias, rows.values));
+    ON_PATH(path, rotate(latent + rows.values, own_cos, own_sin, rows.rope, slot + rows.values));
   });
 }
 
@@ -224,68 +258,7 @@ bool head_rows(int path, int threads, const T* x, int64_t tokens, int64_t heads,
 }
 
 #include "latent_attention.h"
-
-// q [T, H, size], k [S, H, size], v [S, H, values] by their strides; S = start + T keys are read.
-template <class T>
-struct Prompt {
-  const T *q, *k, *v;
-  int64_t queries, heads, size, values, start;
-  int64_t q_strides[2], k_strides[2], v_strides[2];  // of tokens and of heads
-};
-
-// Copies the keys and values of one head to float, keys with their dimensions first.
-template <class T>
-void lay_out_head(const Prompt<T>& prompt, int64_t head, PromptHead& to) {
-  const T* k = prompt.k + head * prompt.k_strides[1];
-  const T* v = prompt.v + head * prompt.v_strides[1];
-  for (int64_t first = 0; first < to.most_keys; first += kLanes) {  // a cache line of each dimension at once
-    const int64_t last = std::min<int64_t>(first + kLanes, to.most_keys);
-    for (int64_t i = 0; i < to.size; i++)
-      for (int64_t key = first; key < last; key++)
-        to.keys[i * to.key_stride + key] = widen(k[key * prompt.k_strides[0] + i]);
-  }
-  for (int64_t key = 0; key < to.most_keys; key++)
-    for (int64_t i = 0; i < to.values; i++)
-      to.value_rows[key * to.values + i] = widen(v[key * prompt.v_strides[0] + i]);
-}
-
-template <class T>
-bool prompt_rows(int path, int threads, const Prompt<T>& prompt, float scale, T* out) {
-  const int64_t keys = prompt.start + prompt.queries;
-  const int64_t products = prompt.queries * keys * prompt.heads * prompt.size;
-  return try_each(threads_for(threads, prompt.heads, products), prompt.heads, [&](int64_t head) {
-    // An odd number of cache lines: rows that a power of two lies between would share a few sets of the cache.
-    const int64_t key_stride = (ceil_div(keys, kLanes) | 1) * kLanes;
-    Workspace work(key_stride * prompt.size + keys * prompt.values +
-                   kQueryTile * (prompt.size + prompt.values + kPromptTile));
-    PromptHead own = {work.take(key_stride * prompt.size),
-                      work.take(keys * prompt.values),
-                      prompt.size,
-                      prompt.values,
-                      keys,
-                      key_stride,
-                      prompt.start,
-                      scale};
-    lay_out_head(prompt, head, own);
-    PromptState state;
-    state.queries = work.take(kQueryTile * prompt.size);
-    state.scores = work.take(kQueryTile * kPromptTile);
-    state.result = work.take(kQueryTile * prompt.values);
-    ON_PATH(path,
-            attend_prompt<T>({prompt.q + head * prompt.q_strides[1], prompt.queries, prompt.q_strides[0]},
-                             own, state, prompt.heads * prompt.values, out + head * prompt.values));
-  });
-}
-
-template <class T>
-void store_rows(const LatentCache<T>& cache, T* to, const int64_t* slots, int64_t tokens, const T* latent,
-                int64_t latent_stride, const T* rope, int64_t rope_stride) {
-  for (int64_t token = 0; token < tokens; token++) {
-    T* slot = to + slots[token] * (cache.values + cache.rope);
-    std::memcpy(slot, latent + token * latent_stride, cache.values * sizeof(T));
-    std::memcpy(slot + cache.values, rope + token * rope_stride, cache.rope * sizeof(T));
-  }
-}
+#include "prompt_attention.h"
 
 template <class T>
 const T* as(const void* from) {
@@ -325,12 +298,30 @@ EXPORT void float_swiglu(int path, int threads, int is_bfloat16, const void* gat
     FOR_TYPE(is_bfloat16,
              swiglu_rows(path, threads, as<T>(gate), as<T>(up), m, size, gate_stride, up_stride, as<T>(out)))}
 
-// x [T, H, size], cos and sin [T, size / 2] -> out [T, H, size]: neighbouring pairs turned.
-EXPORT void float_rotate(int path, int threads, int is_bfloat16, const void* x, int64_t tokens, int64_t heads,
-                         int64_t size, int64_t token_stride, int64_t head_stride, const float* cos,
-                         const float* sin, void* out){
-    FOR_TYPE(is_bfloat16, rotate_rows(path, threads, as<T>(x), tokens, heads, size, token_stride, head_stride,
-                                      cos, sin, as<T>(out)))}
+// residual [M, size] += update [M, size], rounded; out [M, size] is the residual, as float_rms_norm has it.
+EXPORT void float_add_rms_norm(int path, int threads, int is_bfloat16, void* residual, const void* update,
+                               int64_t m, int64_t size, const void* weight, float eps, void* out){
+    FOR_TYPE(is_bfloat16, add_and_norm_rows(path, threads, as<T>(residual), as<T>(update), m, size,
+                                            as<T>(weight), eps, as<T>(out)))}
+
+// shared [M, size] += routed [M, size] float, rounded once.
+EXPORT void float_add_routed(int path, int threads, int is_bfloat16, void* shared, const float* routed,
+                             int64_t m, int64_t size){
+    FOR_TYPE(is_bfloat16, add_routed_rows(path, threads, as<T>(shared), routed, m, size))}
+
+// The last R of each q [T, H, size + R], in place, and k [T, R] are turned, neighbouring pairs by their angle,
+// cos and sin [T, R / 2]. latents [T, C] are normalised and get the bias [C], or none; with their k behind
+// them they go to slots [T] of cache [blocks, block_size, C + R]. `q` is the first element to turn; strides: of
+// queries, of their heads, of latents.
+EXPORT void float_rotate_and_store(int path, int threads, int is_bfloat16, void* q, const void* latents,
+                                   int64_t tokens, int64_t heads, int64_t values, int64_t rope,
+                                   const int64_t* strides, const void* weight, float eps, const void* bias,
+                                   const float* cos, const float* sin, void* cache, const int64_t* slots) {
+  FOR_TYPE(is_bfloat16, place_rows<T>(path, threads,
+                                      {as<T>(q), as<T>(latents), heads, strides[0], strides[1], strides[2],
+                                       values, rope},
+                                      tokens, as<T>(weight), eps, as<T>(bias), cos, sin, as<T>(cache), slots))
+}
 
 // rows [ends[count - 1], size] in `count` parts, positions and weights [T, slots] -> out [T, size], float or
 // double: products rounded to float, added in slot order in double. A position beyond all parts adds nothing.
@@ -393,13 +384,5 @@ EXPORT int float_prompt_attention(int path, int threads, int is_bfloat16, const 
                                                   {strides[2], strides[3]},
                                                   {strides[4], strides[5]}},
                                                  scale, as<T>(out)))}
-
-// latent [T, C] and rope [T, R], rows their strides apart, to slots [T] of cache [blocks, block_size, C + R].
-EXPORT void float_store_latents(int is_bfloat16, void* cache, int64_t values, int64_t rope_size,
-                                const int64_t* slots, int64_t tokens, const void* latent,
-                                int64_t latent_stride, const void* rope, int64_t rope_stride) {
-  FOR_TYPE(is_bfloat16, store_rows<T>({nullptr, 1, values, rope_size}, as<T>(cache), slots, tokens,
-                                      as<T>(latent), latent_stride, as<T>(rope), rope_stride))
-}
 
 }  // extern "C"

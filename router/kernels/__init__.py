@@ -14,7 +14,36 @@ from torch import Tensor
 from common.device import find_device
 from common.errors import ConfigError
 from common.int8_reference import PackedInt8
+from common.layer_weights import LayerWeights
 from common.model_config import ModelConfig
+
+
+class DecodeLayer(Protocol):
+    """A layer up to its experts, for rows that are all generated tokens.
+
+    It gives the bits of the operations below, one after another: residual and update, norm, attention, norm,
+    gate.
+    """
+
+    def __call__(
+        self,
+        residual: Tensor,
+        update: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        slot_mapping: Tensor,
+        block_tables: Tensor,
+        context_lens: Tensor,
+        cache: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Bring the residual [T, D] up to date, in place.
+
+        Args are those of `rotate_and_store` and `absorbed_attention`; the update [T, D] is what the layer
+        before made and the residual lacks, or None.
+
+        Returns:
+            [T, D] for experts or MLP; what `choose_experts` returns, [T, 0] where the layer has no experts.
+        """
 
 
 class RouterKernels(Protocol):
@@ -56,14 +85,20 @@ class RouterKernels(Protocol):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Normalise rows in float32, round, apply the weight: [T, D], [D] -> [T, D]."""
 
+    def add_rms_norm(self, residual: Tensor, update: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Add the update to the residual, in place, and normalise that: 2 x [T, D], [D] -> [T, D]."""
+
+    def add_routed(self, shared: Tensor, routed: Tensor) -> Tensor:
+        """Add what routed experts made to what shared ones did, rounding once: [T, D], [T, D] float32.
+
+        `shared` may be written to.
+        """
+
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         """Return silu(gate) * up, rounded once: 2 x [T, F] -> [T, F]."""
 
     def mlp_rows(self, num_rows: int, intermediate_size: int) -> int:
         """Return how many of so many rows go through an MLP of linear layers at a time; at least 1."""
-
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Turn neighbouring pairs by their angle: [T, H, R], 2 x [T, R/2] float32 -> [T, H, R]."""
 
     def choose_experts(
         self, logits: Tensor, bias: Tensor | None, config: ModelConfig
@@ -79,8 +114,34 @@ class RouterKernels(Protocol):
             [T, K] int64, experts distinct within a row; [T, K] float32.
         """
 
-    def store_latents(self, cache: Tensor, slot_mapping: Tensor, kv_c: Tensor, k_pe: Tensor) -> None:
-        """Write rows to their slots: [blocks, block_size, C + R], [T] int64, [T, C], [T, R]."""
+    def rotate_and_store(
+        self,
+        q: Tensor,
+        latents: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor | None,
+        eps: float,
+        cos: Tensor,
+        sin: Tensor,
+        cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> None:
+        """Give queries and keys their positions, and normalised latents with these keys to the cache.
+
+        Neighbouring pairs turn by their angle: the last R elements of each head of a query, in place, and
+        k_pe.
+
+        Args:
+            q: [T, H, nope + R].
+            latents: [T, C + R], kv_c and k_pe as they were projected.
+            norm_weight: [C], of the norm of kv_c.
+            norm_bias: [C], what is added after that, or None.
+            eps: of that norm.
+            cos: [T, R/2] float32.
+            sin: [T, R/2] float32.
+            cache: [blocks, block_size, C + R].
+            slot_mapping: [T] int64, block * block_size + offset.
+        """
 
     def gather_latents(self, cache: Tensor, block_table: Tensor, length: int) -> Tensor:
         """Read the first `length` rows of a sequence: [blocks, block_size, C + R], [n] -> [length, C + R]."""
@@ -128,6 +189,9 @@ class RouterKernels(Protocol):
             [N, H, v] in the dtype of q, as is what lies between the products; scores, softmax and sums are
             float32.
         """
+
+    def decode_layer(self, weights: LayerWeights, config: ModelConfig) -> DecodeLayer | None:
+        """Make one operation of a layer up to its experts; None where these weights have none here."""
 
 
 def load_kernels(device: str) -> RouterKernels:

@@ -18,14 +18,19 @@ from common.int8_rows import (
     quantize_rows_static,
     quantizing_linear,
 )
+from common.layer_weights import LayerWeights
 from common.model_config import ModelConfig
+from common.native_decode_layer import NativeDecodeLayer, takes
 from common.native_floats import installed
-from router.kernels import gate, reference, tiled_attention
-from router.kernels.reference import gather_latents
+from router.kernels import DecodeLayer, gate, reference, tiled_attention
+from router.kernels.reference import compose_rotate_and_store, gather_latents
 
 __all__ = [
     "absorbed_attention",
+    "add_rms_norm",
+    "add_routed",
     "choose_experts",
+    "decode_layer",
     "gate_logits",
     "gather_latents",
     "int8_linear",
@@ -38,8 +43,7 @@ __all__ = [
     "quantize_rows_static",
     "quantizing_linear",
     "rms_norm",
-    "rotate",
-    "store_latents",
+    "rotate_and_store",
     "swiglu",
 ]
 
@@ -61,6 +65,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # [T, D], [D] ->
     return rows.rms_norm(x, weight, eps) if native is None else native.rms_norm(x, weight, eps)
 
 
+def add_rms_norm(residual: Tensor, update: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Add the update to the residual, in place, and normalise that: 2 x [T, D], [D] -> [T, D]."""
+    native = installed()
+    if native is not None:
+        return native.add_rms_norm(residual, update, weight, eps)
+    residual += update
+    return rows.rms_norm(residual, weight, eps)
+
+
+def add_routed(shared: Tensor, routed: Tensor) -> Tensor:  # [T, D], [T, D] float32 -> [T, D]
+    """Add what routed experts made to what shared ones did, rounding once."""
+    native = installed()
+    return reference.add_routed(shared, routed) if native is None else native.add_routed(shared, routed)
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:  # 2 x [T, F] -> [T, F]
     """Return silu(gate) * up, computed in float32 and rounded once."""
     native = installed()
@@ -73,12 +92,6 @@ def mlp_rows(num_rows: int, intermediate_size: int) -> int:
     return max(min(num_rows, fitting), LEAST_MLP_ROWS)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # [T, H, R], 2 x [T, R/2] -> [T, H, R]
-    """Turn each pair of neighbours by its angle."""
-    native = installed()
-    return reference.rotate(x, cos, sin) if native is None else native.rotate(x, cos, sin)
-
-
 def choose_experts(
     logits: Tensor, bias: Tensor | None, config: ModelConfig
 ) -> tuple[Tensor, Tensor]:  # [T, E], [E] -> [T, K] int64, [T, K] float32
@@ -88,11 +101,24 @@ def choose_experts(
     return choose(logits, bias, config)
 
 
-def store_latents(cache: Tensor, slot_mapping: Tensor, kv_c: Tensor, k_pe: Tensor) -> None:
-    """Write row i to slot slot_mapping[i] of the cache."""
+def rotate_and_store(
+    q: Tensor,
+    latents: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    cache: Tensor,
+    slot_mapping: Tensor,
+) -> None:
+    """Give queries and keys their positions, and normalised latents with these keys to the cache."""
     native = installed()
-    store = reference.store_latents if native is None else native.store_latents
-    store(cache, slot_mapping, kv_c, k_pe)
+    place = _rotate_and_store if native is None else native.rotate_and_store
+    place(q, latents, norm_weight, norm_bias, eps, cos, sin, cache, slot_mapping)
+
+
+_rotate_and_store = compose_rotate_and_store(rows.rms_norm, reference.rotate, reference.store_latents)
 
 
 def prefill_attention(
@@ -112,3 +138,8 @@ def absorbed_attention(
     native = installed()
     attend = tiled_attention.absorbed_attention if native is None else native.absorbed_attention
     return attend(q, kv_b, cache, block_tables, context_lens, scale)
+
+
+def decode_layer(weights: LayerWeights, config: ModelConfig) -> DecodeLayer | None:
+    """Make one call of a layer up to its experts, where the native kernels have packed its weights."""
+    return NativeDecodeLayer(weights, config) if takes(weights) else None

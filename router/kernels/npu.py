@@ -20,6 +20,9 @@ from common.model_config import ModelConfig
 from router.kernels import reference
 from router.kernels.gate import choose_experts as choose_plainly
 from router.kernels.reference import (
+    add_routed,
+    compose_rotate_and_store,
+    decode_layer,
     gate_logits,
     linear,
     mlp_rows,
@@ -30,7 +33,10 @@ from router.kernels.reference import (
 
 __all__ = [
     "absorbed_attention",
+    "add_rms_norm",
+    "add_routed",
     "choose_experts",
+    "decode_layer",
     "gate_logits",
     "gather_latents",
     "int8_linear",
@@ -43,8 +49,7 @@ __all__ = [
     "quantize_rows_static",
     "quantizing_linear",
     "rms_norm",
-    "rotate",
-    "store_latents",
+    "rotate_and_store",
     "swiglu",
 ]
 
@@ -109,6 +114,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # [T, D], [D] ->
         return x
     normed: Tensor = torch_npu.npu_rms_norm(x, weight, epsilon=eps)[0]
     return normed
+
+
+def add_rms_norm(residual: Tensor, update: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Add the update to the residual, in place, and normalise that: 2 x [T, D], [D] -> [T, D]."""
+    residual += update
+    return rms_norm(residual, weight, eps)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:  # 2 x [T, F] -> [T, F]
@@ -177,6 +188,9 @@ def store_latents(cache: Tensor, slot_mapping: Tensor, kv_c: Tensor, k_pe: Tenso
     rows = torch.cat([kv_c, k_pe], dim=-1).to(cache.dtype)
     for half, own in zip(halves, rows.split([half.shape[2] for half in halves], dim=-1), strict=True):
         half.flatten(0, 1)[slot_mapping] = own
+
+
+rotate_and_store = compose_rotate_and_store(rms_norm, rotate, store_latents)
 
 
 def gather_latents(cache: Tensor, block_table: Tensor, length: int) -> Tensor:  # -> [length, C + R]

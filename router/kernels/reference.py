@@ -21,11 +21,16 @@ from common.int8_reference import (
     quantize_rows_static,
     quantizing_linear,
 )
+from common.layer_weights import LayerWeights
+from common.model_config import ModelConfig
 from router.kernels.gate import choose_experts
 
 __all__ = [
     "absorbed_attention",
+    "add_rms_norm",
+    "add_routed",
     "choose_experts",
+    "decode_layer",
     "gate_logits",
     "gather_latents",
     "int8_linear",
@@ -38,8 +43,7 @@ __all__ = [
     "quantize_rows_static",
     "quantizing_linear",
     "rms_norm",
-    "rotate",
-    "store_latents",
+    "rotate_and_store",
     "swiglu",
 ]
 
@@ -59,6 +63,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # [T, D], [D] ->
     wide = x.float()
     variance = wide.pow(2).mean(dim=-1, keepdim=True)
     return weight * (wide * torch.rsqrt(variance + eps)).to(x.dtype)
+
+
+def add_rms_norm(residual: Tensor, update: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Add the update to the residual, in place, and normalise that: 2 x [T, D], [D] -> [T, D]."""
+    residual += update
+    return rms_norm(residual, weight, eps)
+
+
+def add_routed(shared: Tensor, routed: Tensor) -> Tensor:  # [T, D], [T, D] float32 -> [T, D]
+    """Add what routed experts made to what shared ones did, rounding once."""
+    return (routed + shared.float()).to(shared.dtype)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:  # 2 x [T, F] -> [T, F]
@@ -81,6 +96,38 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # [T, H, R], 2 x [T,
 def store_latents(cache: Tensor, slot_mapping: Tensor, kv_c: Tensor, k_pe: Tensor) -> None:
     """Write row i to slot slot_mapping[i] of the cache."""
     cache.view(-1, cache.shape[-1])[slot_mapping] = torch.cat([kv_c, k_pe], dim=-1).to(cache.dtype)
+
+
+def compose_rotate_and_store(
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor],
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor],
+    store_latents: Callable[[Tensor, Tensor, Tensor, Tensor], None],
+) -> Callable[..., None]:
+    """Make `rotate_and_store` of a device's own steps."""
+
+    def rotate_and_store(
+        q: Tensor,
+        latents: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor | None,
+        eps: float,
+        cos: Tensor,
+        sin: Tensor,
+        cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> None:
+        kv_c, k_pe = latents.tensor_split([len(norm_weight)], dim=-1)
+        q_pe = q[..., -k_pe.shape[1] :]
+        q_pe.copy_(rotate(q_pe, cos, sin))
+        kv_c = rms_norm(kv_c, norm_weight, eps)
+        if norm_bias is not None:
+            kv_c = kv_c + norm_bias
+        store_latents(cache, slot_mapping, kv_c, rotate(k_pe.unsqueeze(1), cos, sin).squeeze(1))
+
+    return rotate_and_store
+
+
+rotate_and_store = compose_rotate_and_store(rms_norm, rotate, store_latents)
 
 
 def gather_latents(cache: Tensor, block_table: Tensor, length: int) -> Tensor:  # -> [length, C + R]
@@ -144,3 +191,7 @@ def decode_attention(  # -> [N, H, C]
         weights = (query @ latents.T * scale).softmax(dim=-1)  # [H, S]
         output[row] = weights @ latents[:, : q_latent.shape[-1]]
     return output
+
+
+def decode_layer(weights: LayerWeights, config: ModelConfig) -> None:
+    """There is no such operation: its parts are run one after another."""

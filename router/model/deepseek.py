@@ -102,6 +102,7 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         self.layer_id = layer_id
+        self.kernels = kernels
         self.gate = Gate(config, kernels)
         num_shared = config.n_shared_experts or 0
         shared_size = config.moe_intermediate_size * num_shared
@@ -110,18 +111,24 @@ class MoE(nn.Module):
         )
 
     def forward(
-        self, hidden_states: Tensor, micro_batch: int, exchange: RouterExchange
+        self,
+        hidden_states: Tensor,
+        micro_batch: int,
+        exchange: RouterExchange,
+        chosen: tuple[Tensor, Tensor] | None = None,
     ) -> Computation:  # [T, D] -> [T, D]
-        """Send the rows away, compute the shared experts meanwhile, add what comes home."""
-        topk_ids, topk_weights = self.gate(hidden_states)
+        """Send the rows away, compute the shared experts meanwhile, add what comes home.
+
+        `chosen` is what the gate says, where it has been asked already.
+        """
+        topk_ids, topk_weights = self.gate(hidden_states) if chosen is None else chosen
         dispatched = exchange.dispatch(self.layer_id, micro_batch, hidden_states, topk_ids, topk_weights)
         shared = self.shared_experts(hidden_states)  # computed while the rows are away
         yield  # so is what another micro-batch has to compute
         routed = exchange.combine(dispatched)  # float32: rows come home, weighted and summed
         del dispatched  # it holds the rows that came: six for every one that goes on from here
         # One rounding to the model's dtype, after the sum: the same bits however many workers took part.
-        routed += shared.float()
-        return routed.to(shared.dtype)
+        return self.kernels.add_routed(shared, routed)
 
 
 # -------------------------------------------------------------------------------------------------- attention
@@ -130,15 +137,23 @@ class MoE(nn.Module):
 class RMSNorm(nn.Module):
     """Scales a row to unit root mean square, then by a weight."""
 
+    weight: Tensor
+    bias: Tensor | None
+
     def __init__(self, size: int, eps: float, kernels: RouterKernels, dtype: torch.dtype) -> None:
         super().__init__()
         self.eps = eps
         self.kernels = kernels
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype), requires_grad=False)
+        self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:  # [T, size] -> [T, size]
         """Normalize every row for itself."""
         return self.kernels.rms_norm(x, self.weight, self.eps)
+
+    def add(self, residual: Tensor, update: Tensor) -> Tensor:  # 2 x [T, size] -> [T, size]
+        """Add the update to the residual, in place, and normalize every row of that."""
+        return self.kernels.add_rms_norm(residual, update, self.weight, self.eps)
 
 
 class BiasedRMSNorm(RMSNorm):
@@ -154,6 +169,10 @@ class BiasedRMSNorm(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:  # [T, size] -> [T, size]
         """Normalize every row for itself, round, then add."""
         return super().forward(x) + self.bias
+
+    def add(self, residual: Tensor, update: Tensor) -> Tensor:  # 2 x [T, size] -> [T, size]
+        """Add the update to the residual, in place, normalize every row of that, round, then add."""
+        return super().add(residual, update) + self.bias
 
 
 class MLA(nn.Module):
@@ -197,10 +216,12 @@ class MLA(nn.Module):
         self, hidden_states: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: LatentCache
     ) -> Tensor:  # [T, D], 2 x [T, R/2] -> [T, D]
         """Store the latents of all rows, then let every row attend to its own sequence."""
-        q = self._queries(hidden_states, cos, sin)
-        kv_c, k_pe = self._latents(hidden_states, cos, sin)
-        blocks = cache.layer(self.layer_id)
-        self.kernels.store_latents(blocks, batch.slot_mapping, kv_c, k_pe)
+        q = self._queries(hidden_states)
+        latents = self.kv_a_proj_with_mqa(hidden_states)  # kv_c and k_pe
+        blocks, norm = cache.layer(self.layer_id), self.kv_a_layernorm
+        self.kernels.rotate_and_store(
+            q, latents, norm.weight, norm.bias, norm.eps, cos, sin, blocks, batch.slot_mapping
+        )
 
         # As in most steps, all rows decode or are of one prompt: none has to be picked out.
         if len(batch.decode_rows) == len(hidden_states):
@@ -222,22 +243,13 @@ class MLA(nn.Module):
             output[decoding] = self._attend_absorbed(q[decoding], batch, blocks)
         return self.o_proj(output.flatten(1))
 
-    def _queries(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # -> [T, H, nope + R]
-        """Project to queries, whose last R elements carry the position."""
+    def _queries(self, hidden_states: Tensor) -> Tensor:  # [T, D] -> [T, H, nope + R]
+        """Project to queries, whose last R elements will carry the position."""
         if self.has_q_lora:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
         else:
             q = self.q_proj(hidden_states)
-        q = q.unflatten(-1, (self.num_heads, -1))
-        q_pe = q[..., self.qk_nope_head_dim :]
-        q_pe.copy_(self.kernels.rotate(q_pe, cos, sin))
-        return q
-
-    def _latents(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Project to what the cache keeps: kv_c [T, C] after its norm and k_pe [T, R] rotated."""
-        latents = self.kv_a_proj_with_mqa(hidden_states)
-        kv_c, k_pe = latents.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        return self.kv_a_layernorm(kv_c), self.kernels.rotate(k_pe.unsqueeze(1), cos, sin).squeeze(1)
+        return q.unflatten(-1, (self.num_heads, -1))
 
     def _attend_plain(self, q: Tensor, span: PrefillSpan, blocks: Tensor) -> Tensor:
         """Attend with keys and values expanded from the latents; they live no longer than this call."""
@@ -261,12 +273,13 @@ class MLA(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention, then experts or a dense MLP, each added to the residual."""
+    """Attention, then experts or a dense MLP. What each makes is added to the residual by the next norm."""
 
     def __init__(
         self, config: ModelConfig, layer_id: int, kernels: RouterKernels, dtype: torch.dtype
     ) -> None:
         super().__init__()
+        self.layer_id = layer_id
         self.has_experts = layer_id in config.moe_layer_ids
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels, dtype)
         self.self_attn = MLA(config, layer_id, kernels, dtype)
@@ -276,26 +289,37 @@ class DecoderLayer(nn.Module):
             if self.has_experts
             else MLP(config.hidden_size, config.intermediate_size, kernels, dtype)
         )
+        # What router.model.fused_decode puts here takes the place of all but `mlp`, with the same bits.
+        self.fused_decode: nn.Module | None = None
 
     def forward(
         self,
-        hidden_states: Tensor,
+        residual: Tensor,
+        update: Tensor | None,
         cos: Tensor,
         sin: Tensor,
         batch: Batch,
         cache: LatentCache,
         exchange: RouterExchange,
-    ) -> Computation:  # [T, D] -> [T, D]
-        """Compute one layer for all rows of a micro-batch, in place: hidden_states are the residual."""
-        # What one part makes is given to the next without a name, which would keep it alive.
-        hidden_states += self.self_attn(self.input_layernorm(hidden_states), cos, sin, batch, cache)
-        if self.has_experts:
-            hidden_states += yield from self.mlp(
-                self.post_attention_layernorm(hidden_states), batch.micro_batch, exchange
-            )
+    ) -> Computation:  # 2 x [T, D], 2 x [T, R/2] -> [T, D]
+        """Compute one layer for all rows of a micro-batch.
+
+        `update` is what the layer before made and the residual lacks; it is added in place. Returns what the
+        residual lacks after this one.
+        """
+        chosen = None
+        if self.fused_decode is not None and len(batch.decode_rows) == len(residual):
+            blocks = cache.layer(self.layer_id)
+            hidden_states, chosen = self.fused_decode(residual, update, cos, sin, batch, blocks)
         else:
-            hidden_states += self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states
+            norm = self.input_layernorm
+            hidden_states = norm(residual) if update is None else norm.add(residual, update)
+            attended = self.self_attn(hidden_states, cos, sin, batch, cache)
+            hidden_states = self.post_attention_layernorm.add(residual, attended)
+            del attended
+        if self.has_experts:
+            return (yield from self.mlp(hidden_states, batch.micro_batch, exchange, chosen))
+        return self.mlp(hidden_states)
 
 
 class Embedding(nn.Module):
@@ -324,11 +348,14 @@ class DeepseekModel(nn.Module):
 
     def forward(self, batch: Batch, cache: LatentCache, exchange: RouterExchange) -> Computation:  # -> [B, D]
         """Compute the rows of a micro-batch; return those whose logits are wanted, normalized."""
-        hidden_states = self.embed_tokens(batch.input_ids)
+        residual = self.embed_tokens(batch.input_ids)
+        update: Tensor | None = None
         cos, sin = self.rotary.lookup(batch.positions, batch.num_positions)
         for layer in self.layers:
-            hidden_states = yield from layer(hidden_states, cos, sin, batch, cache, exchange)
-        return self.norm(hidden_states[batch.logits_rows])
+            update = yield from layer(residual, update, cos, sin, batch, cache, exchange)
+        if update is None:
+            return self.norm(residual[batch.logits_rows])
+        return self.norm.add(residual[batch.logits_rows], update[batch.logits_rows])
 
 
 class DeepseekForCausalLM(nn.Module):

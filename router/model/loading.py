@@ -23,6 +23,7 @@ from common.stored_weights import StoredWeights
 from common.tensor_names import is_elsewhere, layer_id_of
 from router.kernels import load_kernels
 from router.model.deepseek import MLP, BiasedRMSNorm, DeepseekForCausalLM, RMSNorm
+from router.model.fused_decode import fuse_decode
 from router.model.int8_linear import READ_LINEAR, read_dynamic_mlp
 from router.model.linear import Linear
 
@@ -67,6 +68,7 @@ def load_model(
         release_freed_memory()
         loaded += size
         on_progress(loaded, sum(sizes))
+    fuse_decode(model)
     return model.eval()
 
 

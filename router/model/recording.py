@@ -7,7 +7,7 @@ import time
 from torch import nn
 
 from common.timeline import Timeline
-from router.model.deepseek import MLA, MoE
+from router.model.deepseek import MLA, DecoderLayer, MoE
 
 TRACK = "router"
 
@@ -17,6 +17,10 @@ def record_modules(model: nn.Module, timeline: Timeline) -> None:
     for module in model.modules():
         if isinstance(module, MLA):
             _record(module, "attention", module.layer_id, timeline)
+        elif isinstance(module, DecoderLayer) and module.fused_decode is not None:
+            _record(
+                module.fused_decode, "attention", module.layer_id, timeline
+            )  # with its norms and the gate
         elif isinstance(module, MoE):
             _record(module.shared_experts, "shared_experts", module.layer_id, timeline)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from router.kernels import cpu, tiled_attention
+from router.kernels import cpu, reference, tiled_attention
 from tests.kernels.comparing import THREAD_COUNTS, num_threads, randn
 
 SHAPES = pytest.mark.parametrize(
@@ -96,7 +96,7 @@ class Decode:
             positions = torch.arange(length)
             slots = table[positions // block] * block + positions % block
             stored = randn(100 + row, length, latents + rope, dtype=dtype)
-            cpu.store_latents(self.cache, slots, stored[:, :latents], stored[:, latents:])
+            reference.store_latents(self.cache, slots, stored[:, :latents], stored[:, latents:])
         self.q = randn(1, len(widths), heads, 12 + rope, dtype=dtype)
         self.kv_b = randn(2, heads, 12 + 20, latents, dtype=dtype)
 

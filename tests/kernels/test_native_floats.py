@@ -61,14 +61,66 @@ def test_swiglu_of_views(kernels: NativeFloats, size: int, dtype: torch.dtype) -
 
 
 @FLOATS
-@pytest.mark.parametrize(("heads", "size"), [(1, 2), (3, 6), (16, 64)])
-def test_rotate_of_a_part_of_a_query(
-    kernels: NativeFloats, heads: int, size: int, dtype: torch.dtype
+@pytest.mark.parametrize("size", [1, 15, 33, 2048])
+def test_an_update_is_added_to_the_residual_and_that_is_normalised(
+    kernels: NativeFloats, size: int, dtype: torch.dtype
 ) -> None:
-    x = randn(1, 9, heads, size + 5, dtype=dtype)[..., 5:]
-    angles = randn(2, 9, size // 2)
-    expected = reference.rotate(x, angles.cos(), angles.sin())
-    assert_like_the_reference(kernels, dtype, lambda own: own.rotate(x, angles.cos(), angles.sin()), expected)
+    residual, update, weight = randn(1, 9, size, dtype=dtype), randn(2, 9, size, dtype=dtype), randn(3, size)
+    found, expected = residual.clone(), residual + update
+    normed = kernels.add_rms_norm(found, update, weight.to(dtype), 1e-6)
+    assert torch.equal(found, expected)
+    assert torch.equal(normed, kernels.rms_norm(expected, weight.to(dtype), 1e-6))
+
+
+@FLOATS
+@pytest.mark.parametrize("size", [1, 15, 33, 2048])
+def test_routed_rows_are_added_to_shared_ones_and_rounded_once(
+    kernels: NativeFloats, size: int, dtype: torch.dtype
+) -> None:
+    shared, routed = randn(1, 9, size, dtype=dtype), randn(2, 9, size)
+    expected = (shared.float() + routed).to(dtype)
+    assert torch.equal(kernels.add_routed(shared, routed), expected)
+
+
+@pytest.mark.parametrize("wrong", [(8, 16), (9, 8)], ids=str)
+def test_nothing_is_added_in_place_that_does_not_fit(kernels: NativeFloats, wrong: tuple[int, int]) -> None:
+    residual = randn(1, 9, 16)
+    with pytest.raises(ValueError, match="in place: give one shape, without gaps"):
+        kernels.add_rms_norm(residual, randn(2, *wrong), randn(3, 16), 1e-6)
+    with pytest.raises(ValueError, match="in place: give one shape, without gaps"):
+        kernels.add_routed(randn(1, 9, 32)[:, ::2], residual)
+
+
+def placed(
+    rotate_and_store: Callable[..., None],
+    q: Tensor,
+    latents: Tensor,
+    norm: tuple[Tensor, Tensor | None],
+    angles: Tensor,
+) -> Tensor:
+    """Return turned queries and what is in the cache, flat, one after the other."""
+    q, cache = q.clone(), torch.zeros(3, 4, latents.shape[1], dtype=q.dtype)
+    slots = torch.tensor([11, 0, 5, 7, 2])[: len(q)]
+    rotate_and_store(q, latents, *norm, 1e-6, angles.cos(), angles.sin(), cache, slots)
+    return torch.cat([q.flatten(), cache.flatten()])
+
+
+@FLOATS
+@pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "biased"])
+@pytest.mark.parametrize(
+    ("heads", "nope", "latents", "rope"), [(1, 1, 1, 2), (3, 5, 20, 6), (16, 128, 512, 64)]
+)
+def test_queries_and_keys_turn_and_latents_are_stored_where_the_slots_say(
+    kernels: NativeFloats, heads: int, nope: int, latents: int, rope: int, has_bias: bool, dtype: torch.dtype
+) -> None:
+    q = randn(1, 5, heads, nope + rope, dtype=dtype)
+    both = randn(2, 5, latents + rope + 3, dtype=dtype)[:, : latents + rope]
+    norm = randn(3, latents, dtype=dtype), randn(4, latents, dtype=dtype) if has_bias else None
+    angles = randn(5, 5, rope // 2)
+    expected = placed(reference.rotate_and_store, q, both, norm, angles)
+    assert_like_the_reference(
+        kernels, dtype, lambda own: placed(own.rotate_and_store, q, both, norm, angles), expected
+    )
 
 
 @FLOATS
@@ -172,16 +224,6 @@ def test_prompt_attention(
     k, v = (randn(seed, start + length, heads, part, dtype=dtype) for seed, part in ((2, size), (3, values)))
     expected = reference.prefill_attention(q.float(), k.float(), v.float(), start, 0.2, 16)
     assert_like_the_reference(kernels, dtype, lambda own: own.prompt_attention(q, k, v, start, 0.2), expected)
-
-
-@FLOATS
-def test_latents_are_stored_where_the_slots_say(kernels: NativeFloats, dtype: torch.dtype) -> None:
-    whole = randn(1, 5, 26, dtype=dtype)
-    found, expected = torch.zeros(3, 4, 26, dtype=dtype), torch.zeros(3, 4, 26, dtype=dtype)
-    slots = torch.tensor([11, 0, 5, 7, 2])
-    kernels.store_latents(found, slots, whole[:, :20], whole[:, 20:])
-    reference.store_latents(expected, slots, whole[:, :20], whole[:, 20:])
-    assert torch.equal(found, expected)
 
 
 @FLOATS

@@ -59,14 +59,14 @@ def test_rotate_turns_each_pair_of_neighbours_as_a_complex_number() -> None:
         1
     )
     expected = torch.view_as_real(turned).flatten(-2)
-    assert_close(cpu.rotate(x, angles.cos(), angles.sin()), expected, FLOAT32_ERROR)
+    assert_close(reference.rotate(x, angles.cos(), angles.sin()), expected, FLOAT32_ERROR)
 
 
 def test_latents_come_back_from_the_slots_they_were_stored_in() -> None:
     cache = torch.full((6, 4, 5), float("nan"))
     kv_c, k_pe = randn(1, 7, 3), randn(2, 7, 2)
     block_table = torch.tensor([4, 1])
-    cpu.store_latents(cache, torch.tensor([16, 17, 18, 19, 4, 5, 6]), kv_c, k_pe)
+    reference.store_latents(cache, torch.tensor([16, 17, 18, 19, 4, 5, 6]), kv_c, k_pe)
     assert torch.equal(cpu.gather_latents(cache, block_table, 7), torch.cat([kv_c, k_pe], dim=1))
     assert torch.equal(cpu.gather_latents(cache, block_table, 3), torch.cat([kv_c, k_pe], dim=1)[:3])
 

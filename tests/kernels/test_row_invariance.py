@@ -11,7 +11,7 @@ from torch import Tensor
 
 from common import rows
 from common.native_floats import NativeFloats, installed
-from router.kernels import cpu
+from router.kernels import cpu, reference
 from tests.kernels.comparing import ROW_COUNTS, THREAD_COUNTS, assert_close, num_threads, randn, some_rows
 
 KERNELS = pytest.mark.parametrize("kernels", [cpu, rows], ids=["cpu", "torch"])
@@ -132,11 +132,33 @@ def test_softmax_gives_a_row_as_long_as_a_vocabulary_the_same_bits_in_every_batc
     assert_rows_are_their_own(rows.softmax, randn(1, 9, 102_400) * 4, row_counts=(1, 2, 3, 8))
 
 
+@KERNELS
+@FLOATS
+@pytest.mark.parametrize("size", [1, 24, 100, 2048])
+def test_additions_give_a_row_the_same_bits_in_every_batch(
+    kernels: ModuleType, size: int, dtype: torch.dtype
+) -> None:
+    weight = randn(1, size, dtype=dtype)
+    x, y = randn(2, 600, size, dtype=dtype), randn(3, 600, size, dtype=dtype)
+    device = cpu if kernels is cpu else reference
+    assert_rows_are_their_own(lambda x, y: device.add_rms_norm(x.clone(), y, weight, 1e-6), x, y)
+    assert_rows_are_their_own(lambda x, y: device.add_routed(x.clone(), y), x, y.float())
+
+
 @FLOATS
 @pytest.mark.parametrize(("heads", "size"), [(1, 8), (3, 6), (16, 64)])
-def test_rotate_gives_a_row_the_same_bits_in_every_batch(heads: int, size: int, dtype: torch.dtype) -> None:
-    angles = randn(1, 600, size // 2)
-    assert_rows_are_their_own(cpu.rotate, randn(2, 600, heads, size, dtype=dtype), angles.cos(), angles.sin())
+def test_rotate_and_store_gives_a_row_the_same_bits_in_every_batch(
+    heads: int, size: int, dtype: torch.dtype
+) -> None:
+    weight, angles = randn(1, 40, dtype=dtype), randn(2, 600, size // 2)
+
+    def placed(q: Tensor, latents: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, cache = q.clone(), torch.zeros(len(q), 1, latents.shape[1], dtype=dtype)
+        cpu.rotate_and_store(q, latents, weight, None, 1e-6, cos, sin, cache, torch.arange(len(q)))
+        return torch.cat([q.flatten(1), cache.flatten(1)], dim=1)
+
+    q, latents = randn(3, 600, heads, size + 4, dtype=dtype), randn(4, 600, 40 + size, dtype=dtype)
+    assert_rows_are_their_own(placed, q, latents, angles.cos(), angles.sin())
 
 
 @FLOATS

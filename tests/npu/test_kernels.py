@@ -55,7 +55,7 @@ def test_rows_are_normalised_activated_and_rotated_as_by_the_reference(
     compare(ROUTER.swiglu(gate.to("npu"), up.to("npu")), router_reference.swiglu(gate, up))
     heads, angles = randn(5, 17, 3, 64, dtype=dtype), torch.arange(17 * 32).view(17, 32) * 0.37
     expected = router_reference.rotate(heads, angles.cos(), angles.sin())
-    compare(ROUTER.rotate(heads.to("npu"), angles.cos().to("npu"), angles.sin().to("npu")), expected)
+    compare(router_npu.rotate(heads.to("npu"), angles.cos().to("npu"), angles.sin().to("npu")), expected)
     assert called(calls) == ["aclnnRmsNorm", "aclnnSwiGlu", "aclnnRotaryPositionEmbeddingV2"]
 
 
@@ -134,6 +134,31 @@ def test_experts_are_chosen_and_weighed_as_by_the_reference(
     assert ("aclnnMoeGatingTopK" in called(calls)) == is_fused
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_residuals_grow_and_latents_reach_the_cache_as_by_the_reference(dtype: torch.dtype) -> None:
+    residual, update = randn(1, 17, 96, dtype=dtype), randn(2, 17, 96, dtype=dtype)
+    weight, on_npu = (1 + 0.1 * randn(3, 96)).to(dtype), residual.to("npu")
+    normed = ROUTER.add_rms_norm(on_npu, update.to("npu"), weight.to("npu"), 1e-6)
+    compare(normed, router_reference.add_rms_norm(residual, update, weight, 1e-6), 2 * ROUNDING[dtype])
+    compare(on_npu, residual)
+    routed = randn(4, 17, 96)
+    compare(ROUTER.add_routed(on_npu, routed.to("npu")), router_reference.add_routed(residual, routed))
+
+    q, latents, angles = randn(5, 7, 3, 40, dtype=dtype), randn(6, 7, 64, dtype=dtype), randn(7, 7, 8)
+    norm = (1 + 0.1 * randn(8, 48)).to(dtype), randn(9, 48, dtype=dtype)
+    cache, slots = torch.zeros(2, 16, 64, dtype=dtype), torch.tensor([3, 31, 0, 8, 9, 30, 17])
+    given = q, latents, *norm, angles.cos(), angles.sin(), cache, slots
+    q_on_npu, latents_on_npu, *others = (tensor.to("npu") for tensor in given)
+    cos, sin, cache_on_npu, slots_on_npu = others[2:]
+    ROUTER.rotate_and_store(
+        *(q_on_npu, latents_on_npu, others[0], others[1], 1e-6),
+        *(cos, sin, cache_on_npu, slots_on_npu),
+    )
+    router_reference.rotate_and_store(q, latents, *norm, 1e-6, *given[4:])
+    compare(q_on_npu, q)
+    compare(cache_on_npu, cache, 2 * ROUNDING[dtype])
+
+
 @pytest.mark.parametrize(
     ("dtype", "heads", "latents", "rotary", "is_fused"),
     [
@@ -152,7 +177,7 @@ def test_queries_see_the_latents_of_their_own_sequence(
     plain = torch.zeros(5, 128, latents + rotary, dtype=dtype)
     cache = plain.to("npu")
     router_reference.store_latents(plain, slots, kv_c, k_pe)
-    ROUTER.store_latents(cache, slots.to("npu"), kv_c.to("npu"), k_pe.to("npu"))
+    router_npu.store_latents(cache, slots.to("npu"), kv_c.to("npu"), k_pe.to("npu"))
     table = torch.tensor([3, 0, 4])
     found = ROUTER.gather_latents(cache, table.to("npu"), 270)
     assert torch.equal(found.cpu(), router_reference.gather_latents(plain, table, 270))

@@ -22,17 +22,21 @@ LENGTHS = (1, 5, 16, 17, 40, 130)
 
 @pytest.fixture(
     scope="module",
-    params=[*itertools.product(("v2", "v3"), ("float32", "bfloat16")), ("v3", "w8a8")],
+    params=[
+        *itertools.product(("v2", "v3"), ("float32", "bfloat16", "w8a8_dynamic")),
+        ("v3", "w8a8"),
+    ],
     ids="-".join,
 )
 def driver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Driver:
     family, stored = request.param
     directory: Path = tmp_path_factory.mktemp("checkpoint")
-    dtype = "bfloat16" if stored == "w8a8" else stored
+    is_int8 = stored.startswith("w8a8")
+    dtype = "bfloat16" if is_int8 else stored
     write_checkpoint(directory / "floats", family, vocab_size=VOCAB_SIZE, torch_dtype=dtype)
-    if stored == "w8a8":
-        write_w8a8(directory / "floats", directory / "w8a8", static_attention=True)
-    return Driver(directory / (stored if stored == "w8a8" else "floats"), num_blocks=2048)
+    if is_int8:
+        write_w8a8(directory / "floats", directory / stored, static_attention=stored == "w8a8")
+    return Driver(directory / (stored if is_int8 else "floats"), num_blocks=2048)
 
 
 @pytest.fixture(params=[1, 2, 3], ids="{}-threads".format)
