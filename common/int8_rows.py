@@ -125,13 +125,18 @@ def join_experts(gate_up: Sequence[PackedInt8], down: Sequence[PackedInt8]) -> J
 
 
 def int8_experts(
-    rows: Tensor, row_scales: Tensor, tokens_per_expert: Tensor, joined: JoinedExperts, dtype: torch.dtype
+    rows: Tensor,
+    row_scales: Tensor,
+    tokens_per_expert: Tensor,
+    joined: JoinedExperts,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:  # [R, D] int8, [R] float32, [E_local] int64 -> [R, D]
-    """Run rows, sorted by expert, through what `join_experts` has put together, in one call."""
+    """Run rows, sorted by expert, through what `join_experts` has put together, in one call, into `out`."""
     backend = _backend()
     if not isinstance(backend, NativeInt8):
         raise TypeError("there is no fused kernel here, so that nothing can have been joined for it")
-    return backend.int8_experts(rows, row_scales, tokens_per_expert, joined, dtype)
+    return backend.int8_experts(rows, row_scales, tokens_per_expert, joined, dtype, out)
 
 
 @cache

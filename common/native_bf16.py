@@ -20,6 +20,7 @@ from common import compute_threads, native_library
 from common.expert_counts import counted_experts
 from common.native.compiler import LIBRARY
 from common.native_library import open_library
+from common.output_memory import output_memory
 
 logger = logging.getLogger(__name__)
 
@@ -54,17 +55,23 @@ class NativeBf16:
         return output
 
     def experts(
-        self, rows: Tensor, tokens_per_expert: Tensor, gate_up: Sequence[Tensor], down: Sequence[Tensor]
+        self,
+        rows: Tensor,
+        tokens_per_expert: Tensor,
+        gate_up: Sequence[Tensor],
+        down: Sequence[Tensor],
+        out: Tensor | None = None,
     ) -> Tensor:  # [R, D], [E_local], E_local x [2F, D], E_local x [D, F] -> [R, D]
         """Run rows, sorted by expert, through the experts of a layer, all of one shape, in one call.
 
-        The bits are those of `linear`, `NativeFloats.swiglu` and `linear`.
+        The bits are those of `linear`, `NativeFloats.swiglu` and `linear`. They are written to `out` [R, D]
+        where it is given.
 
         Raises:
-            ValueError: rows, counts and weights do not belong together, or as for `linear`.
+            ValueError: rows, counts, weights and `out` do not belong together, or as for `linear`.
         """
         counts, active = counted_experts(tokens_per_expert, len(rows), gate_up, down)
-        output = torch.empty(rows.shape, dtype=rows.dtype)
+        output = output_memory(rows, rows.dtype, out)
         if not active:
             return output
         rows = rows.contiguous()

@@ -20,6 +20,7 @@ from common.huge_pages import HugePageArena
 from common.int8_reference import PackedInt8
 from common.native.compiler import LIBRARY
 from common.native_library import PATHS, best_path, open_library
+from common.output_memory import output_memory
 
 MAX_IN_FEATURES = 131072
 """As many products of two int8 fit into an int32 sum."""
@@ -179,14 +180,15 @@ class NativeInt8:
         tokens_per_expert: Tensor,
         joined: JoinedExperts,
         dtype: torch.dtype = torch.float32,
+        out: Tensor | None = None,
     ) -> Tensor:  # [R, D] int8, [R] float32, [E_local] int64 -> [R, D]
         """Run rows, sorted by expert, through the experts of a layer in one call.
 
         The bits are those of int8_linear, silu(gate) * up in float32, quantize_rows and int8_linear, rounded
-        to `dtype`, which is float32 or bfloat16.
+        to `dtype`, which is float32 or bfloat16. They are written to `out` [R, D] where it is given.
 
         Raises:
-            ValueError: rows, scales, counts and weights do not belong together.
+            ValueError: rows, scales, counts, weights and `out` do not belong together.
         """
         rows, row_scales = _checked_rows(rows, row_scales, joined.hidden_size)
         if tokens_per_expert.shape != (joined.num_experts,) or tokens_per_expert.dtype != torch.int64:
@@ -195,7 +197,7 @@ class NativeInt8:
                 f"int64 [{joined.num_experts}]"
             )
         counts = tokens_per_expert.contiguous()
-        output = torch.empty(rows.shape, dtype=dtype)
+        output = output_memory(rows, dtype, out)
         failure = self._library.int8_experts(
             *(self._path, compute_threads.count(), rows.data_ptr(), row_scales.data_ptr(), len(rows)),
             *(joined.num_experts, counts.data_ptr(), joined.weights, dtype == torch.bfloat16),

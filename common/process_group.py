@@ -67,6 +67,7 @@ class PairLink:
 
     readable = None
     is_backlogged = False
+    keeps_memory = False
 
     def __init__(self, group: Any, rank: int, device: Any, transport: str) -> None:
         self.transport = transport

@@ -35,6 +35,8 @@ CONTROL_BYTES = socket.CMSG_SPACE(_number.size)
 class SharedMemoryLink:
     """A MessageLink over a connected pair of SOCK_SEQPACKET sockets."""
 
+    keeps_memory = True
+
     def __init__(self, connected: socket.socket, transport: str) -> None:
         """Take over the socket. `transport` says why this kind of link was chosen."""
         connected.setblocking(False)
@@ -125,9 +127,12 @@ class SharedMemoryLink:
     def _flush(self) -> None:
         while self._outbox:
             datagram, fd = self._outbox[0]
-            rights = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
             try:
-                self._socket.sendmsg([datagram], rights)
+                if fd is None:
+                    self._socket.send(datagram)
+                else:
+                    rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))
+                    self._socket.sendmsg([datagram], [rights])
             except BlockingIOError:
                 return
             except OSError as error:
@@ -169,7 +174,7 @@ class SharedMemoryLink:
             raise LinkError(f"a datagram of {len(datagram)} bytes is not of this protocol")
         if fd is not None:
             self._peers.add(number, fd)
-        words = struct.unpack_from(f"={num_words}I", datagram, _datagram.size)
+        words = [word for (word,) in _number.iter_unpack(datagram[_datagram.size :])]
         for word in words[:num_read]:
             if not self._own.give_back(word):
                 self._retired.append(word)

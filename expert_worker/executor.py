@@ -158,6 +158,7 @@ class Executor:
             self._progress.tick,
             received.row_scales,
             received.is_grouped,
+            received.output,
         )
 
     def _read(self, messages: Iterator[Any], loading: EpochLoading, joining: JoinLink | JoinGroup) -> None:

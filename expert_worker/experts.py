@@ -6,7 +6,6 @@ Shapes: R rows, E_local local experts, D hidden_size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from torch import Tensor
 
@@ -21,11 +20,12 @@ class LayerExperts:
     ) -> None:
         self.expert_ids = tuple(expert_ids)
         self.is_fused = kernels.is_fused(packed)
+        self._packed = packed
         self._compute: Callable[..., Tensor]
         if isinstance(packed, PackedInt8Experts):
-            self._compute = partial(kernels.int8_experts, packed=packed)
+            self._compute = kernels.int8_experts
         else:
-            self._compute = partial(kernels.experts, packed=packed)
+            self._compute = kernels.experts
 
     @property
     def num_local_experts(self) -> int:
@@ -39,11 +39,11 @@ class LayerExperts:
         on_progress: Callable[[], None] | None = None,
         row_scales: Tensor | None = None,
         is_grouped: bool = True,
+        out: Tensor | None = None,
     ) -> Tensor:  # [R, D] -> [R, D]
         """Run rows, sorted by local expert, through their experts; call `on_progress` as the kernels do.
 
         `is_grouped` allows one fused call for all of them, where the device has one: the bits are the same.
+        The result is in `out` [R, D], or in a tensor of its own where that is None or the device cannot.
         """
-        return self._compute(
-            rows, row_scales, tokens_per_expert, on_progress=on_progress, is_grouped=is_grouped
-        )
+        return self._compute(rows, row_scales, tokens_per_expert, self._packed, on_progress, is_grouped, out)

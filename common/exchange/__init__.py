@@ -107,6 +107,8 @@ class Received:
         row_scales: [R] float32 where rows are int8 and stand for rows * row_scales, else None.
         tokens_per_expert: [E_local] int64 on the CPU; sums to R. May hold zeros, and R may be 0.
         is_grouped: as in the step's header.
+        output: [R, D] in the model's dtype: memory of the reply that the experts may write to, which saves a
+            copy. None where there is none.
     """
 
     router: int
@@ -120,6 +122,7 @@ class Received:
     row_scales: Tensor | None
     tokens_per_expert: Tensor
     is_grouped: bool = True
+    output: Tensor | None = None
     handle: object = field(default=None, repr=False)
     """Private to the exchange."""
 
@@ -183,7 +186,8 @@ class ExpertExchange(Protocol):
         """Send the experts' output home, in any order.
 
         Args:
-            output: [R, D] in floating point, row i belongs to row i of `received.rows`.
+            output: [R, D] in floating point, row i belongs to row i of `received.rows`. It may be
+                `received.output` itself.
             received: what `receive` returned; its buffer is reused afterwards.
         """
 

@@ -37,8 +37,14 @@ class Arrival:
     compute_start_ns: int = 0
     due: Received | None = None
 
-    def received(self, router: int, is_grouped: bool) -> Received:
-        """What is to be computed now; `router` is the number of the router, is_grouped of its step."""
+    def received(self, router: int, is_grouped: bool, output: Tensor | None = None) -> Received:
+        """What is to be computed now.
+
+        Args:
+            router: the number of the router.
+            is_grouped: as its step has it.
+            output: memory of the reply, [R, D], where there is one already.
+        """
         if not self.compute_start_ns:
             self.compute_start_ns = time.monotonic_ns()
         rows, counts = self.rows, self.tokens_per_expert
@@ -60,6 +66,7 @@ class Arrival:
             self.row_scales,
             counts,
             is_grouped,
+            output,
             self,
         )
         return self.due
@@ -69,14 +76,14 @@ class Arrival:
 
         Rows go home in `dtype`, which is the model's.
         """
-        if received is not self.due or output.shape != received.rows.shape:
+        if received is not self.due or not (output is received.output or output.shape == received.rows.shape):
             raise MessageError(
                 f"output {tuple(output.shape)} must answer the rows {tuple(received.rows.shape)} that are due"
             )
         self.due = None
         header = self.header
         if self.passes is None:
-            body = output.to(dtype)
+            body = output if output.dtype == dtype else output.to(dtype)
         elif self.passes.take(output.to(dtype)):
             body, header.rounds = self.passes.total, self.passes.num_passes
         else:

@@ -20,6 +20,7 @@ from common.exchange.arrival import Arrival
 from common.exchange.deadline import CEILING_S
 from common.exchange.inbox import Inbox
 from common.exchange.message_link import MessageLink
+from common.exchange.message_views import MessageViews, ReplyViews
 from common.exchange.routing import RowShape
 from common.exchange.token_passes import TokenPasses
 
@@ -39,6 +40,7 @@ class _Router:
     link: MessageLink
     shape: RowShape
     experts: Mapping[int, tuple[int, ...]]
+    views: MessageViews
     step: StepHeader | None = None
     capacity: int = wire.HEADER_BYTES
     is_dropped: bool = False
@@ -46,10 +48,11 @@ class _Router:
 
 @dataclass(slots=True, eq=False)
 class _Arrival(Arrival):
-    """Rows, the router they came from, and the buffer they lie in."""
+    """Rows, the router they came from, the buffer they lie in, and the memory of their reply at level 2."""
 
     router: _Router | None = None
     buffer: Tensor | None = None
+    reply: ReplyViews | None = None
 
 
 class LinksExpertExchange:
@@ -77,7 +80,8 @@ class LinksExpertExchange:
         with self._lock:
             if self._is_closed:
                 raise LinkError("the exchange is closed: no router can be added")
-            router = _Router(self._count, term, epoch, incarnation, link, shape, experts)
+            views = MessageViews(shape, link.keeps_memory)
+            router = _Router(self._count, term, epoch, incarnation, link, shape, experts, views)
             self._count += 1
             self._routers.append(router)
         link.expect(router.capacity)
@@ -93,7 +97,9 @@ class LinksExpertExchange:
         if arrival is None:
             return None
         router = _router_of(arrival)
-        return arrival.received(router.number, router.step is None or router.step.is_grouped)
+        arrival.reply = None if arrival.passes is not None else _reply_memory(router, arrival.header.num_rows)
+        output = None if arrival.reply is None else arrival.reply.output
+        return arrival.received(router.number, router.step is None or router.step.is_grouped, output)
 
     def reply(self, output: Tensor, received: Received) -> None:
         """Send output [R, D] home; a link that fails meanwhile is dropped, which the caller need not know."""
@@ -105,9 +111,8 @@ class LinksExpertExchange:
         if body is None:
             self._arrivals.put_back(arrival)
             return
-        router = _router_of(arrival)
         try:
-            message = wire.pack(router.link.message(wire.total_bytes(body)), arrival.header, body)
+            message = _reply_message(router, arrival, body)
             if arrival.buffer is not None:
                 router.link.done(arrival.buffer)
             router.link.post(message)
@@ -180,15 +185,31 @@ def _router_of(arrival: _Arrival) -> _Router:
     return arrival.router
 
 
+def _reply_memory(router: _Router, num_rows: int) -> ReplyViews | None:
+    try:
+        memory = router.link.message(router.views.reply_bytes(num_rows))
+    except LinkError:
+        return None  # what receives on the link sees the same failure and reports it
+    return router.views.reply(memory, num_rows)
+
+
+def _reply_message(router: _Router, arrival: _Arrival, body: Tensor) -> Tensor:
+    if arrival.reply is None:
+        return wire.pack(router.link.message(wire.total_bytes(body)), arrival.header, body)
+    message, output = arrival.reply
+    if body is not output:  # the experts' device writes to memory of its own
+        output.copy_(body)
+    wire.write_header(message, arrival.header)
+    return message
+
+
 def _rows_of(router: _Router, header: wire.Header, buffer: Tensor, received_ns: int) -> _Arrival:
     shape, step = router.shape, router.step
     checks.check_rows(header, step, router.experts, shape)
     num_local = len(router.experts[header.layer_id])
     if header.ep_level != ALL_GATHER:
-        layout = shape.sent_layout(header.layer_id, header.num_rows)
-        counts, *scales, rows = wire.unpack(buffer, header, ((num_local,), torch.int64), *layout)
+        counts, row_scales, rows = router.views.sent(buffer, header, num_local)
         checks.check_counts(counts, header.num_rows)
-        row_scales = scales[0] if scales else None
         return _Arrival(header, rows, row_scales, counts, None, received_ns, router=router, buffer=buffer)
     slots = (header.num_tokens, shape.num_experts_per_tok)
     hidden_shape = (header.num_tokens, shape.hidden_size)

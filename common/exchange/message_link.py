@@ -16,11 +16,13 @@ class MessageLink(Protocol):
             been there for a while.
         transport: what carries the messages, and why where there was a choice: a part of a sentence.
         readable: becomes readable when a message has come; None where a thread has to wait in `receive`.
+        keeps_memory: whether messages lie in the same few places again and again.
         is_backlogged: whether something that was posted waits until `readable` can be written to.
     """
 
     came_ns: int
     transport: str
+    keeps_memory: bool
 
     @property
     def readable(self) -> socket.socket | None:

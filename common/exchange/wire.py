@@ -66,6 +66,7 @@ HEADER_WORDS = len(fields(Header)) + 1
 HEADER_BYTES = 8 * HEADER_WORDS
 _words_of = attrgetter(*(field.name for field in fields(Header)))
 _packed = struct.Struct(f"={HEADER_WORDS}q")
+_HeaderMemory = ctypes.c_char * HEADER_BYTES
 
 
 def size_class(count: int) -> int:
@@ -83,18 +84,25 @@ def pack(buffer: Tensor, header: Header, *arrays: Tensor) -> Tensor:
 
     Arrays follow one another without gaps: hand them over in falling order of element size.
     """
-    header.num_bytes = total_bytes(*arrays)
-    if header.num_bytes > buffer.numel():
+    num_bytes = total_bytes(*arrays)
+    if num_bytes > buffer.numel():
         raise MessageError(
-            f"a message of {header.num_bytes} bytes exceeds the {buffer.numel()} bytes announced for its step"
+            f"a message of {num_bytes} bytes exceeds the {buffer.numel()} bytes announced for its step"
         )
+    message = buffer[:num_bytes]
+    write_header(message, header)
+    _write(message, HEADER_BYTES, arrays)
+    return message
+
+
+def write_header(message: Tensor, header: Header) -> None:
+    """Write the header of a message whose arrays may be there already."""
+    header.num_bytes = message.numel()
     words = _packed.pack(MAGIC, *_words_of(header))
-    if buffer.is_cpu:
-        ctypes.memmove(buffer.data_ptr(), words, HEADER_BYTES)
+    if message.is_cpu:
+        ctypes.memmove(message.data_ptr(), words, HEADER_BYTES)
     else:
-        buffer[:HEADER_BYTES].copy_(torch.frombuffer(bytearray(words), dtype=torch.uint8))
-    _write(buffer, HEADER_BYTES, arrays)
-    return buffer[: header.num_bytes]
+        message[:HEADER_BYTES].copy_(torch.frombuffer(bytearray(words), dtype=torch.uint8))
 
 
 def write_arrays(buffer: Tensor, *arrays: Tensor) -> None:
@@ -121,7 +129,7 @@ def unpack_header(buffer: Tensor) -> Header:
     if buffer.numel() < HEADER_BYTES:
         raise MessageError(f"a buffer of {buffer.numel()} bytes cannot hold a header of {HEADER_BYTES}")
     head = buffer if buffer.is_cpu else buffer[:HEADER_BYTES].cpu()
-    magic, *words = _packed.unpack(ctypes.string_at(head.data_ptr(), HEADER_BYTES))
+    magic, *words = _packed.unpack_from(_HeaderMemory.from_address(head.data_ptr()))
     header = Header(*words)
     if magic != MAGIC or header.kind not in (STEP, ROWS, REPLY, GOODBYE):
         raise MessageError(f"a message with magic {magic:#x} and kind {header.kind} is not of this protocol")

@@ -84,6 +84,7 @@ class ExpertKernels(Protocol):
         packed: PackedExperts,
         on_progress: Callable[[], None] | None = None,
         is_grouped: bool = True,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Run every row through its expert.
 
@@ -95,6 +96,8 @@ class ExpertKernels(Protocol):
             on_progress: called after each expert that had rows, or once where one call has run them all.
             is_grouped: whether one fused call may run all experts, where the device has one: the bits are the
                 same.
+            out: [R, D] in the dtype of the result, which may be written there and `out` returned: a device
+                that would only copy it returns a tensor of its own.
 
         Returns:
             [R, D] in the dtype of rows, or of the weights if rows are quantised.
@@ -120,6 +123,7 @@ class ExpertKernels(Protocol):
         packed: PackedInt8Experts,
         on_progress: Callable[[], None] | None = None,
         is_grouped: bool = True,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Run every row through its expert in int8, with the arguments of `experts`.
 

@@ -15,6 +15,7 @@ from common import int8_rows, native_bf16
 from common.cpu_linear import linear
 from common.native_bf16 import NativeBf16
 from common.native_int8 import JoinedExperts
+from common.output_memory import output_memory
 from common.quantization.w8a8 import Int8Weight
 from common.rows import swiglu
 from expert_worker.kernels import PackedExperts, PackedInt8Experts, reference
@@ -50,16 +51,17 @@ def experts(
     packed: PackedExperts,
     on_progress: Callable[[], None] | None = None,
     is_grouped: bool = True,
+    out: Tensor | None = None,
 ) -> Tensor:  # [R, D] -> [R, D]
     """Run every row through its expert; only experts that have rows cost anything."""
     if row_scales is not None:
         rows = (rows.float() * row_scales.unsqueeze(1)).to(packed.down[0].dtype)
     native = _native(rows)
     if is_grouped and native is not None:
-        output = native.experts(rows, tokens_per_expert, packed.gate_up, packed.down)
+        output = native.experts(rows, tokens_per_expert, packed.gate_up, packed.down, out)
         _report(on_progress)
         return output
-    output = torch.empty_like(rows)
+    output = output_memory(rows, rows.dtype, out)
     first = 0
     for expert, num_rows in enumerate(tokens_per_expert.tolist()):
         if num_rows == 0:
@@ -117,15 +119,16 @@ def int8_experts(
     packed: PackedInt8Experts,
     on_progress: Callable[[], None] | None = None,
     is_grouped: bool = True,
+    out: Tensor | None = None,
 ) -> Tensor:  # [R, D] -> [R, D]
     """Run every row through its expert: quantise, multiply, SwiGLU in float32, quantise, multiply."""
     if row_scales is None:
         rows, row_scales = int8_rows.quantize_rows(rows)
     if is_grouped and isinstance(packed, FusedInt8Experts):
-        output = int8_rows.int8_experts(rows, row_scales, tokens_per_expert, packed.joined, packed.dtype)
+        output = int8_rows.int8_experts(rows, row_scales, tokens_per_expert, packed.joined, packed.dtype, out)
         _report(on_progress)
         return output
-    output = torch.empty(rows.shape, dtype=packed.dtype, device=rows.device)
+    output = output_memory(rows, packed.dtype, out)
     first = 0
     for expert, num_rows in enumerate(tokens_per_expert.tolist()):
         if num_rows == 0:

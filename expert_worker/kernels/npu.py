@@ -126,10 +126,11 @@ def experts(
     packed: PackedExperts,
     on_progress: Callable[[], None] | None = None,
     is_grouped: bool = True,
+    out: Tensor | None = None,
 ) -> Tensor:  # [R, D] -> [R, D]
     """Run all rows through their experts in two grouped products, the only ones that round as they do."""
     if not isinstance(packed, StackedExperts):
-        return reference.experts(rows, row_scales, tokens_per_expert, packed, on_progress, is_grouped)
+        return reference.experts(rows, row_scales, tokens_per_expert, packed, on_progress, is_grouped, out)
     if row_scales is not None:
         rows = (rows.float() * row_scales.unsqueeze(1)).to(packed.down_stack.dtype)
     if not len(rows):
@@ -213,13 +214,16 @@ def int8_experts(
     packed: PackedInt8Experts,
     on_progress: Callable[[], None] | None = None,
     is_grouped: bool = True,
+    out: Tensor | None = None,
 ) -> Tensor:  # [R, D] -> [R, D]
     """Run all rows through their experts: a product fused with SwiGLU and quantisation, then another one.
 
     Without `is_grouped` the first one is three operators instead.
     """
     if not isinstance(packed, StackedInt8Experts):
-        return reference.int8_experts(rows, row_scales, tokens_per_expert, packed, on_progress, is_grouped)
+        return reference.int8_experts(
+            rows, row_scales, tokens_per_expert, packed, on_progress, is_grouped, out
+        )
     if not len(rows):
         return torch.empty(rows.shape, dtype=packed.dtype, device=rows.device)
     if row_scales is None:

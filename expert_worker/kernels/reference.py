@@ -55,11 +55,12 @@ def experts(
     packed: PackedExperts,
     on_progress: Callable[[], None] | None = None,
     is_grouped: bool = True,
+    out: Tensor | None = None,
 ) -> Tensor:  # [R, D] -> [R, D]
     """Run every row through its expert, one expert after the other."""
     if row_scales is not None:
         rows = (rows.float() * row_scales.unsqueeze(1)).to(packed.down[0].dtype)
-    output = torch.empty_like(rows)
+    output = torch.empty_like(rows) if out is None else out
     first = 0
     for expert, num_rows in enumerate(tokens_per_expert.tolist()):
         if num_rows == 0:
@@ -106,11 +107,12 @@ def int8_experts(
     packed: PackedInt8Experts,
     on_progress: Callable[[], None] | None = None,
     is_grouped: bool = True,
+    out: Tensor | None = None,
 ) -> Tensor:  # [R, D] -> [R, D]
     """Run every row through its expert: quantise, multiply, SwiGLU in float32, quantise, multiply."""
     if row_scales is None:
         rows, row_scales = int8_reference.quantize_rows(rows)
-    output = torch.empty(rows.shape, dtype=packed.dtype, device=rows.device)
+    output = torch.empty(rows.shape, dtype=packed.dtype, device=rows.device) if out is None else out
     first = 0
     for expert, num_rows in enumerate(tokens_per_expert.tolist()):
         if num_rows == 0:

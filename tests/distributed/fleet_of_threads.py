@@ -89,15 +89,22 @@ def join_routers(
     delay_s: float,
     kind: str,
     on_closed: Callable[[int, int, str], None],
+    is_in_place: bool = False,
 ) -> tuple[ExpertEnd, Callable[[Received], Tensor]]:
-    """Join every router as worker `rank`; return the exchange and what computes for it."""
+    """Join every router as worker `rank`; return the exchange and what computes for it.
+
+    `is_in_place` has it write into the memory of the reply where that is offered.
+    """
     exchange = ENDS[kind](on_closed)
     experts = placement.experts_of(rank)
 
     def outputs(received: Received) -> Tensor:
         time.sleep(delay_s)
         own, counts = experts[received.layer_id], received.tokens_per_expert
-        return compute(own, received.rows, counts, received.row_scales)
+        output = compute(own, received.rows, counts, received.row_scales)
+        if not is_in_place or received.output is None:
+            return output
+        return received.output.copy_(output)
 
     for number, store in enumerate(stores):
         add_router(exchange, store, rank, placement, shape, TERM + number, EPOCH, BACKENDS.get(kind, ""))
@@ -179,10 +186,11 @@ class ThreadFleet:
         kind: str = "links",
         delay_s: float = 0.0,
         watch: Callable[[int, Received], None] | None = None,
+        is_in_place: bool = False,
         **options: object,
     ) -> None:
-        """`watch` sees, per worker, everything that is computed."""
-        self.watch = watch
+        """`watch` sees, per worker, everything that is computed; `is_in_place` as for `join_routers`."""
+        self.watch, self.is_in_place = watch, is_in_place
         self.stores = [process_group.open_store(HOST) for _ in range(routers)]
         self.is_stopped = threading.Event()
         self.closed: list[tuple[int, int, str]] = []
@@ -208,6 +216,7 @@ class ThreadFleet:
             delay_s,
             kind,
             lambda term, epoch, reason: closed.append((rank, term, reason)),
+            self.is_in_place,
         )
         self.experts[rank] = exchange
 

@@ -96,3 +96,28 @@ def test_packing_holds_every_weight_once() -> None:
 def test_packing_refuses_projections_of_different_numbers_of_experts() -> None:
     with pytest.raises(ValueError, match="zip"):
         cpu.pack([randn(1, 8, 16)] * 2, [randn(2, 8, 16)] * 2, [randn(3, 16, 8)])
+
+
+@DEVICES
+@FLOATS
+@pytest.mark.parametrize("is_grouped", [False, True])
+def test_what_is_written_into_given_memory_has_the_bits_of_a_new_tensor(
+    device: str, dtype: torch.dtype, is_grouped: bool
+) -> None:
+    experts = layer(3, 64, 32, dtype, load_kernels(device))
+    for counts in ([0, 0, 0], [1, 0, 2], [20, 30, 0]):
+        rows = randn(4, sum(counts), 64, dtype=dtype)
+        given = (torch.tensor(counts), None, None, is_grouped)
+        expected = experts.forward(rows, *given)
+        # As in a reply, whose header is no multiple of a vector.
+        out = torch.full((4 + expected.numel(),), torch.nan, dtype=dtype)[4:].view(expected.shape)
+        assert experts.forward(rows, *given, out) is out
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize(
+    "out", [torch.empty(2, 16), torch.empty(3, 16, dtype=torch.bfloat16), torch.empty(16, 3).t()]
+)
+def test_memory_that_does_not_fit_the_result_is_refused(out: Tensor) -> None:
+    with pytest.raises(ValueError, match="cannot take the result of rows"):
+        layer(1, 16, 8, torch.float32).forward(randn(4, 3, 16), torch.tensor([3]), out=out)

@@ -110,3 +110,20 @@ def test_no_rows_give_no_rows_and_progress_counts_experts_or_the_call_that_ran_t
     rows = randn(4, 3, 16, dtype=torch.bfloat16)
     experts.forward(rows, torch.tensor([1, 0, 2]), on_progress=lambda: calls.append(None))
     assert len(calls) == (1 if experts.is_fused else 2)
+
+
+@DEVICES
+@FLOATS
+@pytest.mark.parametrize("is_grouped", [False, True])
+def test_what_is_written_into_given_memory_has_the_bits_of_a_new_tensor(
+    device: str, dtype: torch.dtype, is_grouped: bool
+) -> None:
+    experts = layer(weights(3, 64, 32), dtype, load_kernels(device))
+    for counts in ([0, 0, 0], [1, 0, 2], [20, 30, 0]):
+        rows, scales = quantize_rows(randn(4, sum(counts), 64))
+        given = (torch.tensor(counts), None, scales, is_grouped)
+        expected = experts.forward(rows, *given)
+        # As in a reply, whose header is no multiple of a vector.
+        out = torch.full((4 + expected.numel(),), torch.nan, dtype=dtype)[4:].view(expected.shape)
+        assert experts.forward(rows, *given, out) is out
+        assert torch.equal(out, expected)
