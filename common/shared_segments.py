@@ -17,6 +17,8 @@ from common.errors import LinkError
 LEAST_BYTES = 1 << 16
 MOST_FREE_BYTES = 1 << 25
 """Free memory that is kept for the next messages; pages nobody wrote to take none."""
+MOST_FRONTS = 128
+"""Views of one segment that are kept: the messages of decode steps have few lengths."""
 
 
 def is_supported() -> bool:
@@ -45,16 +47,16 @@ class OwnSegments:
     def __init__(self) -> None:
         self._in_use: dict[int, Segment] = {}
         self._by_address: dict[int, Segment] = {}
-        self._free: list[Segment] = []
+        self._free: dict[int, list[Segment]] = {}
+        self._free_bytes = 0
         self._last_number = 0
 
     def take(self, num_bytes: int) -> Tensor:
         """Memory of at least num_bytes. Raises LinkError where the system has no more."""
         size = max(1 << max(num_bytes - 1, 0).bit_length(), LEAST_BYTES)
-        fitting = [segment for segment in self._free if segment.memory.numel() == size]
-        if fitting:
-            segment = fitting[-1]  # the last that was used is the likeliest to be in a cache
-            self._free.remove(segment)
+        if fitting := self._free.get(size):
+            segment = fitting.pop()  # the last that was used is the likeliest to be in a cache
+            self._free_bytes -= size
         else:
             self._last_number += 1
             segment = make_segment(self._last_number, size)
@@ -72,8 +74,9 @@ class OwnSegments:
         if segment is None:
             raise LinkError(f"the peer gave segment {number} back, which it does not have")
         size = segment.memory.numel()
-        if size + sum(free.memory.numel() for free in self._free) <= MOST_FREE_BYTES:
-            self._free.append(segment)
+        if self._free_bytes + size <= MOST_FREE_BYTES:
+            self._free.setdefault(size, []).append(segment)
+            self._free_bytes += size
             return True
         del self._by_address[segment.memory.data_ptr()]
         return False
@@ -86,6 +89,7 @@ class OwnSegments:
                 segment.fd = None
         for held in (self._in_use, self._by_address, self._free):
             held.clear()
+        self._free_bytes = 0
 
 
 class PeerSegments:
@@ -93,6 +97,7 @@ class PeerSegments:
 
     def __init__(self) -> None:
         self._memory: dict[int, Tensor] = {}
+        self._fronts: dict[int, dict[int, Tensor]] = {}
         self._number_at: dict[int, int] = {}
 
     def add(self, number: int, fd: int) -> None:
@@ -101,6 +106,7 @@ class PeerSegments:
             if number in self._memory:
                 raise LinkError(f"the peer sent segment {number} twice")
             self._memory[number] = memory = map_sealed(fd)
+            self._fronts[number] = {}
             self._number_at[memory.data_ptr()] = number
         finally:
             os.close(fd)
@@ -110,7 +116,12 @@ class PeerSegments:
         memory = self._memory.get(number)
         if memory is None or num_bytes > memory.numel():
             raise LinkError(f"the peer announces {num_bytes} bytes in segment {number}, which do not exist")
-        return memory[:num_bytes]
+        fronts = self._fronts[number]
+        if (front := fronts.get(num_bytes)) is None:
+            if len(fronts) >= MOST_FRONTS:
+                fronts.clear()
+            fronts[num_bytes] = front = memory[:num_bytes]
+        return front
 
     def number_of(self, message: Tensor) -> int | None:
         """Which segment a message lies in; None where all have been let go."""
@@ -120,11 +131,12 @@ class PeerSegments:
         """Unmap what the peer uses no more."""
         memory = self._memory.pop(number, None)
         if memory is not None:
-            del self._number_at[memory.data_ptr()]
+            del self._fronts[number], self._number_at[memory.data_ptr()]
 
     def close(self) -> None:
         """Unmap everything, as soon as nobody looks at a message in it."""
         self._memory.clear()
+        self._fronts.clear()
         self._number_at.clear()
 
 
