@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from common.errors import WorkerLost
 from common.exchange import Received
 from common.exchange.routing import RowShape
 from common.placement import contiguous
@@ -63,3 +64,21 @@ def test_int8_rows_are_answered_in_the_models_dtype(kind: str, is_in_place: bool
     finally:
         small.close()
         one.close()
+
+
+@pytest.mark.parametrize("kind", ["links", "sharedMemory"])
+def test_the_memory_of_a_reply_outlives_its_link(kind: str) -> None:
+    def drop(rank: int, received: Received) -> None:
+        small.experts[rank].forget(received.term)
+        dropped.append(received.term)
+
+    dropped: list[int] = []
+    placement, shape = contiguous(E, 1, [LAYER]), RowShape(D, K, torch.bfloat16)
+    small = fleet.ThreadFleet(2, placement, shape, kind, watch=drop, is_in_place=True)
+    try:
+        for number, router in enumerate(small.routers):
+            with pytest.raises(WorkerLost):
+                run_step(router, 0, 2, inputs(17, torch.bfloat16), fleet.TERM + number)
+        assert dropped == [fleet.TERM, fleet.TERM + 1]
+    finally:
+        small.close()
