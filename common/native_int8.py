@@ -76,10 +76,11 @@ class NativeInt8:
 
         A row that is not finite gets zeros and a scale that is not finite.
         """
-        wide = x.float().contiguous()
-        rows, scales = torch.empty(wide.shape, dtype=torch.int8), torch.empty(wide.shape[0])
+        is_bfloat16 = x.dtype is torch.bfloat16
+        x = x.contiguous() if is_bfloat16 else x.float().contiguous()
+        rows, scales = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[0])
         self._library.int8_quantise(
-            *(self._path, compute_threads.count(), wide.data_ptr(), *wide.shape),
+            *(self._path, compute_threads.count(), is_bfloat16, x.data_ptr(), *x.shape),
             *(rows.data_ptr(), scales.data_ptr()),
         )
         return rows, scales
@@ -257,7 +258,7 @@ def load(library: Path = LIBRARY, path: str | None = None) -> NativeInt8:
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     opened.int8_packed_bytes.argtypes, opened.int8_packed_bytes.restype = [size, size], size
     opened.int8_pack.argtypes = [pointer, pointer, pointer, size, size, pointer]
-    opened.int8_quantise.argtypes = [number, number, pointer, size, size, pointer, pointer]
+    opened.int8_quantise.argtypes = [number, number, number, pointer, size, size, pointer, pointer]
     opened.int8_linear.argtypes = [number, number, pointer, pointer, size, pointer, pointer]
     opened.int8_quantising_linear.argtypes = [number, number, number, pointer, size, pointer, pointer]
     opened.int8_mlp.argtypes = [number, number, number, pointer, size, pointer, pointer]

@@ -10,6 +10,8 @@
 
 namespace int8 {
 
+constexpr int64_t kLeastQuantised = 1 << 17;  // numbers that are worth waking another thread for
+
 // Adds the jobs of `count` rows that meet the same weights.
 void add_jobs(int path, std::vector<Job>& jobs, const Input& in, const Output& out, int64_t count,
               const Weight& first, const Weight& second) {
@@ -79,11 +81,14 @@ EXPORT void int8_pack(const int8_t* weight, const float* scales, const int32_t* 
   }
 }
 
-// x [M, K] -> rows [M, K], scales [M].
-EXPORT void int8_quantise(int path, int threads, const float* x, int64_t m, int64_t k, int8_t* rows,
-                          float* scales) {
+// x [M, K], float or bfloat16 -> rows [M, K], scales [M].
+EXPORT void int8_quantise(int path, int threads, int is_bfloat16, const void* x, int64_t m, int64_t k,
+                          int8_t* rows, float* scales) {
   const Path& chosen = path_of(path);
-  for_each(threads, m, [&](int64_t row) { scales[row] = chosen.quantise(x + row * k, k, rows + row * k); });
+  const Input in = {x, nullptr, is_bfloat16 ? kBfloat16 : kFloat};
+  for_each(m * k < kLeastQuantised ? 1 : threads, m, [&](int64_t row) {
+    scales[row] = quantise(chosen, in.from(row, k), k, rows + row * k);
+  });
 }
 
 // rows [M, K], row_scales [M] -> out [M, N]. Returns 0, or 1 if there is not enough memory.

@@ -59,8 +59,8 @@ struct Path {
   void (*lay_out)(const int8_t* rows, int64_t k, int64_t count, uint8_t* to);  // rows [count, K] -> a tile's
   int32_t (*sum)(const int8_t* row, int64_t count);
   float (*quantise)(const float* x, int64_t count, int8_t* codes);
+  float (*quantise_bfloat16)(const Bfloat16* x, int64_t count, int8_t* codes);
   void (*swiglu)(float* gate, const float* up, int64_t count);
-  void (*widen)(const Bfloat16* x, int64_t count, float* to);
   void (*narrow)(const float* x, int64_t count, Bfloat16* to);
 };
 
@@ -70,25 +70,23 @@ INLINE void swiglu_row(float* gate, const float* up, int64_t count) {
   for (int64_t i = 0; i < count; i++) gate[i] = silu_times(gate[i], up[i]);
 }
 
-INLINE void widen_row(const Bfloat16* x, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; i++) to[i] = ::widen(x[i]);
-}
-
 INLINE void narrow_row(const float* x, int64_t count, Bfloat16* to) {
   for (int64_t i = 0; i < count; i++) ::narrow(x[i], to + i);
 }
 
 // Returns the scale, absmax / 127. A row that is not finite gets codes 0 and a scale that is not finite.
-INLINE float quantise_row(const float* x, int64_t count, int8_t* codes) {
+template <class T>
+INLINE float quantise_row(const T* x, int64_t count, int8_t* codes) {
   int32_t most = 0;  // absolute values compare like their bits, and NaN is the largest
-  for (int64_t i = 0; i < count; i++) most = std::max(most, bits_as<int32_t>(x[i]) & 0x7FFFFFFF);
+  for (int64_t i = 0; i < count; i++) most = std::max(most, bits_as<int32_t>(widen(x[i])) & 0x7FFFFFFF);
   const float scale = bits_as<float>(most) / 127.0f;
   if (most >= 0x7F800000 || scale == 0.0f) {
     std::memset(codes, 0, count);
     return scale;
   }
   for (int64_t i = 0; i < count; i++) {
-    const int32_t code = static_cast<int32_t>(bits_as<uint32_t>(x[i] / scale + kRounder) - kRounderBits);
+    const uint32_t shifted = bits_as<uint32_t>(widen(x[i]) / scale + kRounder);
+    const int32_t code = static_cast<int32_t>(shifted - kRounderBits);
     // A subnormal scale is far from exact.
     codes[i] = static_cast<int8_t>(std::min(std::max(code, -127), 127));
   }
@@ -155,8 +153,10 @@ void lay_out(const int8_t* rows, int64_t k, int64_t count, uint8_t* to) {
 }
 int32_t sum(const int8_t* row, int64_t count) { return sum_row(row, count); }
 float quantise(const float* x, int64_t count, int8_t* codes) { return quantise_row(x, count, codes); }
+float quantise_bfloat16(const Bfloat16* x, int64_t count, int8_t* codes) {
+  return quantise_row(x, count, codes);
+}
 void swiglu(float* gate, const float* up, int64_t count) { swiglu_row(gate, up, count); }
-void widen(const Bfloat16* x, int64_t count, float* to) { widen_row(x, count, to); }
 void narrow(const float* x, int64_t count, Bfloat16* to) { narrow_row(x, count, to); }
 
 }  // namespace portable
@@ -238,8 +238,10 @@ TARGET void lay_out(const int8_t* rows, int64_t k, int64_t count, uint8_t* to) {
 }
 TARGET int32_t sum(const int8_t* row, int64_t count) { return sum_row(row, count); }
 TARGET float quantise(const float* x, int64_t count, int8_t* codes) { return quantise_row(x, count, codes); }
+TARGET float quantise_bfloat16(const Bfloat16* x, int64_t count, int8_t* codes) {
+  return quantise_row(x, count, codes);
+}
 TARGET void swiglu(float* gate, const float* up, int64_t count) { swiglu_row(gate, up, count); }
-TARGET void widen(const Bfloat16* x, int64_t count, float* to) { widen_row(x, count, to); }
 TARGET void narrow(const float* x, int64_t count, Bfloat16* to) { narrow_row(x, count, to); }
 
 #undef TARGET
@@ -296,8 +298,10 @@ TARGET void lay_out(const int8_t* rows, int64_t k, int64_t count, uint8_t* to) {
 }
 TARGET int32_t sum(const int8_t* row, int64_t count) { return sum_row(row, count); }
 TARGET float quantise(const float* x, int64_t count, int8_t* codes) { return quantise_row(x, count, codes); }
+TARGET float quantise_bfloat16(const Bfloat16* x, int64_t count, int8_t* codes) {
+  return quantise_row(x, count, codes);
+}
 TARGET void swiglu(float* gate, const float* up, int64_t count) { swiglu_row(gate, up, count); }
-TARGET void widen(const Bfloat16* x, int64_t count, float* to) { widen_row(x, count, to); }
 TARGET void narrow(const float* x, int64_t count, Bfloat16* to) { narrow_row(x, count, to); }
 
 #undef TARGET
@@ -305,10 +309,10 @@ TARGET void narrow(const float* x, int64_t count, Bfloat16* to) { narrow_row(x, 
 }  // namespace avx512
 #endif
 
-#define PATH(space)                                                                             \
-  Path {                                                                                        \
-    {space::multiply<kIndex + 1>...}, sizeof(space::Code), space::lay_out, space::sum,          \
-        space::quantise, space::swiglu, space::widen, space::narrow                             \
+#define PATH(space)                                                                    \
+  Path {                                                                               \
+    {space::multiply<kIndex + 1>...}, sizeof(space::Code), space::lay_out, space::sum, \
+        space::quantise, space::quantise_bfloat16, space::swiglu, space::narrow        \
   }
 
 template <int... kIndex>

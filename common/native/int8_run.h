@@ -43,6 +43,12 @@ struct Input {
   }
 };
 
+// The first row of `in`, which is not int8 yet -> codes [K]. Returns its scale.
+inline float quantise(const Path& path, const Input& in, int64_t k, int8_t* codes) {
+  return in.type == kBfloat16 ? path.quantise_bfloat16(static_cast<const Bfloat16*>(in.rows), k, codes)
+                              : path.quantise(static_cast<const float*>(in.rows), k, codes);
+}
+
 // Rows [M, N] of float or bfloat16.
 struct Output {
   void* rows;
@@ -133,7 +139,6 @@ struct Tiles {
 // What a job needs between its stages.
 struct Slot {
   Tiles in, hidden;
-  std::unique_ptr<float[]> wide;       // [tiles, K], where rows are bfloat16
   std::unique_ptr<float[]> gate_up;    // [rows, 2F padded to whole blocks]
   std::unique_ptr<int8_t[]> codes[2];  // [rows, K], where rows are not int8 yet, and [rows, F]
 };
@@ -191,7 +196,6 @@ class Run {
     const int64_t k = job.weights[0].k;
     slot.in.reserve(path_, rows, k);
     if (job.in.type != kInt8) slot.codes[0].reset(new int8_t[rows * k]);
-    if (job.in.type == kBfloat16) slot.wide.reset(new float[ceil_div(rows, kTile) * k]);
     if (num_stages_ == 2) return;
     const int64_t size = job.weights[1].k;
     slot.gate_up.reset(new float[rows * ceil_div(2 * size, kOut) * kOut]);
@@ -251,13 +255,7 @@ class Run {
     }
     int8_t* codes = slot.codes[0].get() + first * k;
     for (int64_t row = 0; row < count; row++) {
-      const void* x = in.from(row, k).rows;
-      if (in.type == kBfloat16) {
-        float* wide = slot.wide.get() + tile * k;
-        path_.widen(static_cast<const Bfloat16*>(x), k, wide);
-        x = wide;
-      }
-      slot.in.scales[first + row] = path_.quantise(static_cast<const float*>(x), k, codes + row * k);
+      slot.in.scales[first + row] = quantise(path_, in.from(row, k), k, codes + row * k);
     }
     slot.in.fill(path_, first, count, codes, k);
   }

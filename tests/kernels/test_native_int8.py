@@ -164,13 +164,17 @@ def test_no_rows_give_no_rows(kernel: NativeInt8) -> None:
     assert (rows.shape, scales.shape) == ((0, 16), (0,))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("size", [1, 5, 16, 33, 1408])
-def test_rows_are_quantised_one_by_one_with_halves_to_even(kernel: NativeInt8, size: int) -> None:
+def test_rows_are_quantised_one_by_one_with_halves_to_even(
+    kernel: NativeInt8, size: int, dtype: torch.dtype
+) -> None:
     x = randn(1, 600, size) * torch.logspace(-44, 37, 600).unsqueeze(1)  # subnormal rows too
     x[3] = 0
     x[4] = 127
     x[4, : size // 2] = torch.arange(size // 2) % 200 - 99.5
-    expected_rows, expected_scales = oracle.quantize_rows(x)
+    x = x.to(dtype)
+    expected_rows, expected_scales = oracle.quantize_rows(x.float())
     for threads in THREAD_COUNTS:
         with num_threads(threads):
             for count in SEVERAL_ROW_COUNTS:
@@ -180,16 +184,22 @@ def test_rows_are_quantised_one_by_one_with_halves_to_even(kernel: NativeInt8, s
                 assert torch.equal(scales, expected_scales[chosen])
 
 
-def test_bfloat16_rows_are_quantised_like_the_same_numbers_in_float32(kernel: NativeInt8) -> None:
-    x = randn(1, 9, 50, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_rows_of_another_dtype_or_a_view_are_quantised_like_the_same_numbers_in_float32(
+    kernel: NativeInt8, dtype: torch.dtype
+) -> None:
+    x = randn(1, 18, 100, dtype=dtype)[::2, ::2]
     for found, expected in zip(kernel.quantize_rows(x), oracle.quantize_rows(x.float()), strict=True):
         assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_row_that_is_not_finite_stays_so_and_spoils_no_other(kernel: NativeInt8, value: float) -> None:
-    x = randn(1, 3, 40)
-    expected = oracle.quantize_rows(x)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_row_that_is_not_finite_stays_so_and_spoils_no_other(
+    kernel: NativeInt8, value: float, dtype: torch.dtype
+) -> None:
+    x = randn(1, 3, 40, dtype=dtype)
+    expected = oracle.quantize_rows(x.float())
     x[1, 7] = value
     rows, scales = kernel.quantize_rows(x)
     assert scales.isfinite().tolist() == [True, False, True]
