@@ -27,7 +27,7 @@ from common.exchange.deadline import CEILING_S, Deadline
 from common.exchange.reply_spans import add_reply_spans
 from common.exchange.rounds import cut_rounds
 from common.exchange.routing import RowShape, sort_rows, sum_partials, weighted_sum
-from common.exchange.sent_rows import gather_rows
+from common.exchange.sent_rows import rows_to_send
 from common.exchange.silent_worker import Verdict, inquire
 from common.exchange.slot_tables import SlotTables, buffer_rows, count_extra_rounds, message_rows
 from common.placement import Placement
@@ -207,9 +207,10 @@ class CollectiveRouterExchange:
         count_extra_rounds(self.extra, step, sorted_rows)
         quantizer = self._shape.quantizer(flight.layer_id)
         token_of = sorted_rows.token_of.to(hidden_states.device)
-        sent = gather_rows(hidden_states, token_of, quantizer).to(self._group.device)
+        sent = rows_to_send(hidden_states, token_of, quantizer).to(self._group.device)
         flight.position_of = sorted_rows.position_of
-        flight.output = torch.empty(sent.rows.shape, dtype=self._shape.dtype, device=self._group.sums)
+        shape = (len(token_of), self._shape.hidden_size)
+        flight.output = torch.empty(shape, dtype=self._shape.dtype, device=self._group.sums)
         rounds = cut_rounds(sorted_rows, self._message_rows)
         for index, one in enumerate(rounds):
             headers = self._rows_headers(step, flight)

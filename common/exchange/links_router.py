@@ -9,9 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from itertools import zip_longest
 from operator import attrgetter
 
 import torch
@@ -22,10 +20,12 @@ from common.exchange import ALL_GATHER, Dispatched, Extra, RowOrigins, StepHeade
 from common.exchange.deadline import CEILING_S, Deadline
 from common.exchange.inbox import Inbox
 from common.exchange.links_expert import say_goodbye
+from common.exchange.links_flight import InFlight, Reply, Request, Worker
 from common.exchange.message_link import MessageLink
 from common.exchange.reply_spans import add_reply_spans
-from common.exchange.routing import RowShape, SortedRows, sort_rows, sum_partials, weighted_sum
-from common.exchange.sent_rows import SentRows, gather_rows
+from common.exchange.routing import RowShape, sum_partials, weighted_sum
+from common.exchange.row_messages import RowMessages
+from common.exchange.sent_rows import rows_to_send
 from common.exchange.slot_tables import SlotTables, buffer_rows, count_extra_rounds, message_rows
 from common.placement import Placement
 from common.timeline import Timeline
@@ -35,64 +35,9 @@ PROBE_S = 0.05
 MOST_UNSETTLED = 64
 
 
-@dataclass(frozen=True, slots=True)
-class _Reply:
-    """What came for one message, in the order in which it is summed up.
-
-    Attributes:
-        order: the first of its rows at level 2, the worker's ep_rank at level 1.
-        body: its rows, or its sums; they lie in `buffer`, which goes back to `link`.
-    """
-
-    order: int
-    body: Tensor
-    buffer: Tensor
-    link: MessageLink
-
-
-@dataclass(slots=True)
-class _InFlight(Dispatched):
-    """A dispatch whose replies are collected: rows by slot at level 2, one sum per worker at level 1.
-
-    Attributes:
-        no_rows: [0, D] in the dtype of rows.
-    """
-
-    sorted_rows: SortedRows | None
-    topk_weights: Tensor
-    no_rows: Tensor
-    replies: list[_Reply] = field(default_factory=list)
-    missing: int = 0
-
-
-@dataclass(slots=True)
-class _Request:
-    """One message that was sent and not answered yet."""
-
-    owner: _InFlight
-    header: wire.Header
-    begin: int
-    num_rows: int
-    posted_ns: int
-
-
-@dataclass(slots=True)
-class _Worker:
-    """A link and what is known about it."""
-
-    ep_rank: int
-    name: str
-    incarnation: int
-    link: MessageLink
-    deadline: Deadline
-    requests: dict[tuple[int, int, int], _Request] = field(default_factory=dict)
-    unsettled: int = 0
-    progress: int | None = None
-    times: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
-
-
 Arrival = tuple[int, Tensor | LinkError, int]
-_Outgoing = tuple[_Worker, wire.Header, tuple[Tensor, ...]]
+_Written = tuple[Worker, Tensor, int, int]
+"""Whose message, itself, the first of its rows, and how many it has."""
 
 
 class LinksRouterExchange:
@@ -113,14 +58,15 @@ class LinksRouterExchange:
         """Take over the links, in ep_rank order."""
         self.extra = Extra()
         self._workers = [
-            _Worker(rank, name, incarnation, link, Deadline(floor_s))
+            Worker(rank, name, incarnation, link, Deadline(floor_s))
             for rank, (link, name, incarnation) in enumerate(zip(links, names, incarnations, strict=True))
         ]
         self._slots = SlotTables(placement)
         self._shape, self._term = shape, term
+        self._no_rows = torch.empty(0, shape.hidden_size, dtype=shape.dtype)
         self._ask_progress, self._timeline = ask_progress, timeline
         self._step: StepHeader | None = None
-        self._message_rows = 1
+        self._message_rows, self._reply_row_bytes = 1, 0
         self._capacity = wire.HEADER_BYTES
         self._arrivals: Inbox[Arrival] = Inbox()
         self._is_closed = False
@@ -135,14 +81,17 @@ class LinksRouterExchange:
         self._step = header
         self._slots.begin(origins)
         self._message_rows = message_rows(header, self._shape.num_experts_per_tok)
+        is_level_1 = header.ep_level == ALL_GATHER
+        self._reply_row_bytes = self._shape.hidden_size * 8 if is_level_1 else self._shape.row_bytes
         self._capacity = self._bytes_of_class(header)
         for worker in self._workers:
             worker.times = [0.0, 0.0, 0.0]
-            message = self._header(worker, wire.STEP, -1, 0, header.num_tokens)
+            worker.header = self._header(worker, wire.ROWS, header)
+            message = self._header(worker, wire.STEP, header)
             message.capacity_bytes, message.micro_batches = self._capacity, header.micro_batches
             message.pass_rows = header.pass_rows
             message.is_grouped = int(header.is_grouped)
-            self._post(*self._written(worker, message, (), "begin"), "begin")
+            self._post(worker, self._written(worker, message, (), "begin"), "begin", -1)
 
     def dispatch(
         self, layer_id: int, micro_batch: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
@@ -152,37 +101,18 @@ class LinksRouterExchange:
         if self._step is None:
             raise MessageError("dispatch was called before begin: announce the step first")
         start_ns = time.monotonic_ns()
-        num_tokens = hidden_states.shape[0]
-        flight = _InFlight(layer_id, micro_batch, num_tokens, None, topk_weights, hidden_states[:0])
-        keys = self._slots.place(layer_id, micro_batch, topk_ids)
-        table = self._slots.table(layer_id)
-        outgoing: list[list[_Outgoing]] = []
+        flight = InFlight(layer_id, micro_batch, hidden_states.shape[0], topk_weights)
         if self._step.ep_level == ALL_GATHER:
-            for worker in self._workers:
-                header = self._header(worker, wire.ROWS, layer_id, micro_batch, num_tokens)
-                header.first_key = worker.ep_rank * table.most_local
-                reply_bytes = wire.HEADER_BYTES + num_tokens * self._shape.hidden_size * 8
-                self._request(worker, _Request(flight, header, 0, num_tokens, start_ns), reply_bytes)
-                outgoing.append([(worker, header, (keys, topk_weights, hidden_states))])
+            self._send_tokens(flight, hidden_states, self._slots.place(layer_id, micro_batch, topk_ids))
         else:
-            sorted_rows = sort_rows(keys, table)
-            count_extra_rounds(self.extra, self._step, sorted_rows)
-            flight.sorted_rows = sorted_rows
-            sent = gather_rows(hidden_states, sorted_rows.token_of, self._shape.quantizer(layer_id))
-            outgoing = [self._requests_of(worker, flight, sorted_rows, sent) for worker in self._workers]
-        # A message wakes its worker, which then takes turns with this thread, and may keep it from its core
-        # until it has computed: all workers' messages of a round are written before the first of them leaves.
-        for messages in zip_longest(*outgoing):
-            due: list[_Outgoing] = [message for message in messages if message is not None]
-            for written in [self._written(*message, "dispatch") for message in due]:
-                self._post(*written, "dispatch")
+            self._send_rows(self._step, flight, hidden_states, topk_ids)
         self._record("dispatch", start_ns, "router", layer_id)
         return flight
 
     def combine(self, dispatched: Dispatched) -> Tensor:
         """Wait for the experts and return their weighted sum, [T, D] float32. Raises WorkerLost."""
         self._check_open()
-        if not isinstance(dispatched, _InFlight):
+        if not isinstance(dispatched, InFlight):
             raise LinkError("these rows were dispatched by another exchange: combine them there")
         start_ns = time.monotonic_ns()
         while dispatched.missing:
@@ -192,11 +122,12 @@ class LinksRouterExchange:
         # Each is read where it came; the parts of what was sorted lie in the order in which they were cut.
         replies = sorted(dispatched.replies, key=attrgetter("order"))
         bodies = [reply.body for reply in replies]
-        if dispatched.sorted_rows is None:
+        if dispatched.position_of is None:
             combined = sum_partials(bodies)
         else:
-            position_of = dispatched.sorted_rows.position_of
-            combined = weighted_sum(bodies or [dispatched.no_rows], position_of, dispatched.topk_weights)
+            combined = weighted_sum(
+                bodies or [self._no_rows], dispatched.position_of, dispatched.topk_weights
+            )
         for reply in replies:
             reply.link.done(reply.buffer)
         dispatched.replies.clear()
@@ -231,29 +162,67 @@ class LinksRouterExchange:
     def _epoch(self) -> int:
         return self._step.epoch if self._step is not None else 0
 
-    def _requests_of(
-        self, worker: _Worker, flight: _InFlight, sorted_rows: SortedRows, sent: SentRows
-    ) -> list[_Outgoing]:
-        """Expect a reply to each message that takes a worker its rows, and return these messages."""
-        outgoing: list[_Outgoing] = []
-        first, end = sorted_rows.span(worker.ep_rank)
-        num_local = self._slots.table(flight.layer_id).num_local[worker.ep_rank]
-        counts = sorted_rows.counts[worker.ep_rank, :num_local]
-        rounds = -(-(end - first) // self._message_rows)
-        running = counts.cumsum(0) if rounds > 1 else counts
-        for index in range(rounds):
-            low = index * self._message_rows
-            high = min(low + self._message_rows, end - first)
-            if rounds > 1:
-                counts = running.clamp(low, high).diff(prepend=torch.tensor([low]))
-            header = self._header(worker, wire.ROWS, flight.layer_id, flight.micro_batch, flight.num_tokens)
-            header.round, header.rounds = index, rounds
-            header.num_rows, header.num_experts = high - low, num_local
-            header.is_int8 = int(sent.scales is not None)
-            request = _Request(flight, header, first + low, high - low, time.monotonic_ns())
-            self._request(worker, request, wire.HEADER_BYTES + (high - low) * self._shape.row_bytes)
-            outgoing.append((worker, header, (counts, *sent.arrays(first + low, first + high))))
-        return outgoing
+    def _send_tokens(self, flight: InFlight, hidden_states: Tensor, slot_keys: Tensor) -> None:
+        most_local = self._slots.table(flight.layer_id).most_local
+        arrays = (slot_keys, flight.topk_weights, hidden_states)
+        written: list[_Written] = []
+        for worker in self._workers:
+            header = worker.header_for(flight)
+            header.first_key = worker.ep_rank * most_local
+            message = self._written(worker, header, arrays, "dispatch")
+            written.append((worker, message, 0, flight.num_tokens))
+        self._send(flight, 0, written)
+
+    def _send_rows(self, step: StepHeader, flight: InFlight, hidden_states: Tensor, topk_ids: Tensor) -> None:
+        sorted_rows = self._slots.route(flight.layer_id, flight.micro_batch, topk_ids)
+        count_extra_rounds(self.extra, step, sorted_rows)
+        flight.position_of = sorted_rows.position_of
+        sent = rows_to_send(hidden_states, sorted_rows.token_of, self._shape.quantizer(flight.layer_id))
+        num_local = self._slots.table(flight.layer_id).num_local
+        messages = RowMessages(sorted_rows, sent, self._message_rows, num_local)
+        for index in range(max(messages.rounds)):
+            due = [worker for worker in self._workers if index < messages.rounds[worker.ep_rank]]
+            self._send(flight, index, [self._written_rows(worker, flight, messages, index) for worker in due])
+
+    def _written_rows(self, worker: Worker, flight: InFlight, messages: RowMessages, index: int) -> _Written:
+        rank = worker.ep_rank
+        begin, end = messages.span(rank, index)
+        header = worker.header_for(flight)
+        header.round, header.rounds = index, messages.rounds[rank]
+        header.num_rows, header.num_experts = end - begin, messages.num_local[rank]
+        header.is_int8 = int(messages.sent.scales is not None)
+        num_bytes = messages.num_bytes(rank, end - begin)
+        try:
+            message = wire.front(worker.link.message(min(num_bytes, self._capacity)), num_bytes)
+        except LinkError as error:
+            raise self._lost(worker, "dispatch", str(error), flight.layer_id) from error
+        wire.write_header(message, header)
+        messages.write(message, rank, begin, end)
+        return worker, message, begin, end - begin
+
+    def _send(self, flight: InFlight, index: int, written: Sequence[_Written]) -> None:
+        """Send one message to each of some workers, and wait for their replies from here on.
+
+        A message wakes its worker, which then takes turns with this thread, and may keep it from its core
+        until it has computed: all are written, and replies expected, before the first of them leaves.
+        """
+        layer_id = flight.layer_id
+        for worker, message, begin, num_rows in written:
+            # A goodbye may come instead of a reply, and fits: every buffer holds at least a header.
+            try:
+                worker.link.expect(wire.HEADER_BYTES + num_rows * self._reply_row_bytes)
+            except LinkError as error:
+                raise self._lost(worker, "dispatch", str(error), layer_id) from error
+            now_ns = time.monotonic_ns()
+            if not worker.requests:
+                worker.deadline.waiting_since_ns = now_ns
+            request = Request(flight, worker.header, begin, num_rows, message.numel(), now_ns)
+            worker.requests[layer_id, flight.micro_batch, index] = request
+            worker.unanswered_rows += num_rows
+            worker.deadline.extend(worker.unanswered_rows)
+            flight.missing += 1
+        for worker, message, _, _ in written:
+            self._post(worker, message, "dispatch", layer_id)
 
     def _bytes_of_class(self, step: StepHeader) -> int:
         top_k, shape = self._shape.num_experts_per_tok, self._shape
@@ -262,47 +231,26 @@ class LinksRouterExchange:
         rows = shape.sent_bytes(self._slots.tables, buffer_rows(step, top_k))
         return wire.HEADER_BYTES + 8 * self._slots.most_local + rows
 
-    def _header(
-        self, worker: _Worker, kind: int, layer_id: int, micro_batch: int, num_tokens: int
-    ) -> wire.Header:
-        step = self._step
-        if step is None:
-            raise MessageError("a message was built before begin: announce the step first")
+    def _header(self, worker: Worker, kind: int, step: StepHeader) -> wire.Header:
         header = wire.Header(kind, step.term, step.epoch, worker.incarnation, step.step_id)
-        header.layer_id, header.micro_batch = layer_id, micro_batch
-        header.ep_level, header.num_tokens = step.ep_level, num_tokens
+        header.ep_level, header.num_tokens = step.ep_level, step.num_tokens
         return header
 
-    def _request(self, worker: _Worker, request: _Request, reply_bytes: int) -> None:
-        # A goodbye may come instead of a reply, and fits: every buffer holds at least a header.
-        try:
-            worker.link.expect(reply_bytes)
-        except LinkError as error:
-            raise self._lost(worker, "dispatch", str(error), request.header) from error
-        if not worker.requests:
-            worker.deadline.waiting_since_ns = time.monotonic_ns()
-        header = request.header
-        worker.requests[header.layer_id, header.micro_batch, header.round] = request
-        request.owner.missing += 1
-        self._extend(worker)
-
-    def _written(
-        self, worker: _Worker, header: wire.Header, arrays: tuple[Tensor, ...], phase: str
-    ) -> tuple[_Worker, Tensor, wire.Header]:
+    def _written(self, worker: Worker, header: wire.Header, arrays: tuple[Tensor, ...], phase: str) -> Tensor:
         try:
             memory = worker.link.message(min(wire.total_bytes(*arrays), self._capacity))
-            return worker, wire.pack(memory, header, *arrays), header
+            return wire.pack(memory, header, *arrays)
         except LinkError as error:
-            raise self._lost(worker, phase, str(error), header) from error
+            raise self._lost(worker, phase, str(error), header.layer_id) from error
 
-    def _post(self, worker: _Worker, message: Tensor, header: wire.Header, phase: str) -> None:
+    def _post(self, worker: Worker, message: Tensor, phase: str, layer_id: int) -> None:
         try:
             worker.link.post(message)
             worker.unsettled += 1
             if worker.unsettled > MOST_UNSETTLED and not worker.requests:
                 self._settle(worker)
         except LinkError as error:
-            raise self._lost(worker, phase, str(error), header) from error
+            raise self._lost(worker, phase, str(error), layer_id) from error
 
     def _take_arrival(self) -> None:
         waiting = [worker for worker in self._workers if worker.requests]
@@ -321,27 +269,28 @@ class LinksRouterExchange:
         except (MessageError, LinkError) as error:
             raise self._lost(worker, "combine", str(error)) from error
 
-    def _accept(self, worker: _Worker, buffer: Tensor, arrived_ns: int) -> None:
+    def _accept(self, worker: Worker, buffer: Tensor, arrived_ns: int) -> None:
         header = wire.unpack_header(buffer)
         request = worker.requests.pop((header.layer_id, header.micro_batch, header.round), None)
         if header.kind != wire.REPLY or request is None:
             raise MessageError(f"no reply was expected that looks like {header}")
+        worker.unanswered_rows -= request.num_rows
         sent = request.header
         found = (header.term, header.epoch, header.incarnation, header.step_id)
         if found != (sent.term, sent.epoch, sent.incarnation, sent.step_id):
             raise MessageError(f"a reply of (term, epoch, incarnation, step) {found} came late")
         shape = (request.num_rows, self._shape.hidden_size)
         flight = request.owner
-        if flight.sorted_rows is None:
+        if flight.position_of is None:
             self.extra.passes += header.rounds - 1
             order, body = worker.ep_rank, wire.unpack(buffer, header, (shape, torch.float64))[0]
         else:
             order, body = request.begin, wire.unpack(buffer, header, (shape, self._shape.dtype))[0]
-        flight.replies.append(_Reply(order, body, buffer, worker.link))
+        flight.replies.append(Reply(order, body, buffer, worker.link))
         flight.missing -= 1
         self._learn(worker, request, header, arrived_ns)
 
-    def _learn(self, worker: _Worker, request: _Request, header: wire.Header, arrived_ns: int) -> None:
+    def _learn(self, worker: Worker, request: Request, header: wire.Header, arrived_ns: int) -> None:
         worker.deadline.learn(request.num_rows, request.posted_ns, arrived_ns)
         at_worker_ns = header.compute_end_ns - header.received_ns
         worker.times[0] += (header.compute_start_ns - header.received_ns) / 1e9
@@ -350,18 +299,15 @@ class LinksRouterExchange:
         add_reply_spans(self._timeline, worker.name, header, request.num_rows)
         worker.progress = None
         if worker.requests:
-            self._extend(worker)
+            worker.deadline.extend(worker.unanswered_rows)
         else:  # everything that was sent has been answered, so these waits return at once
             self._settle(worker)
 
-    def _settle(self, worker: _Worker) -> None:
+    def _settle(self, worker: Worker) -> None:
         worker.unsettled = 0
         worker.link.settle(CEILING_S)
 
-    def _extend(self, worker: _Worker) -> None:
-        worker.deadline.extend(sum(request.num_rows for request in worker.requests.values()))
-
-    def _expire(self, worker: _Worker) -> None:
+    def _expire(self, worker: Worker) -> None:
         if self._ask_progress is None or worker.deadline.waited_s > CEILING_S:
             raise self._lost(worker, "combine", "no answer within the deadline")
         before = worker.progress
@@ -373,13 +319,13 @@ class LinksRouterExchange:
             return  # something came while we asked: look at it first
         if worker.progress is None or worker.progress == before:
             raise self._lost(worker, "combine", "no answer within the deadline and no progress")
-        self._extend(worker)
+        worker.deadline.extend(worker.unanswered_rows)
 
-    def _lost(self, worker: _Worker, phase: str, cause: str, header: wire.Header | None = None) -> WorkerLost:
+    def _lost(self, worker: Worker, phase: str, cause: str, layer_id: int | None = None) -> WorkerLost:
         requests = list(worker.requests.values())
-        about = header or (requests[0].header if requests else None)
-        layer_id = about.layer_id if about is not None else -1
-        num_bytes = sum(request.header.num_bytes for request in requests)
+        if layer_id is None:
+            layer_id = requests[0].owner.layer_id if requests else -1
+        num_bytes = sum(request.num_bytes for request in requests)
         waited_s = worker.deadline.waited_s if requests else 0.0
         self.close()
         return WorkerLost(worker.ep_rank, worker.name, layer_id, phase, num_bytes, waited_s, cause)

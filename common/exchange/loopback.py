@@ -13,8 +13,8 @@ from torch import Tensor
 from common import int8_rows
 from common.errors import LinkError
 from common.exchange import Dispatched, Extra, RowOrigins, StepHeader
-from common.exchange.routing import SortedRows, layer_table, place_slots, sort_rows, weighted_sum
-from common.exchange.sent_rows import QuantizeRows, gather_rows
+from common.exchange.routing import SortedRows, layer_table, route_slots, weighted_sum
+from common.exchange.sent_rows import QuantizeRows, rows_to_send
 
 Compute = Callable[[int, Tensor, Tensor | None, Tensor, bool], Tensor]
 """(layer_id, rows [R, D], row_scales [R], tokens_per_expert [E_local], is_grouped) -> [R, D]."""
@@ -65,9 +65,8 @@ class LoopbackExchange:
     ) -> Dispatched:
         """Sort the rows: hidden_states [T, D], topk_ids and topk_weights [T, K]."""
         self._check_open()
-        table = self._tables[layer_id]
         # Rows are sorted and summed on the host: not every device has float64.
-        sorted_rows = sort_rows(place_slots(topk_ids.cpu(), table), table)
+        sorted_rows = route_slots(topk_ids.cpu(), self._tables[layer_id])
         return _Waiting(
             layer_id, micro_batch, hidden_states.shape[0], hidden_states, sorted_rows, topk_weights.cpu()
         )
@@ -80,9 +79,10 @@ class LoopbackExchange:
         sorted_rows = dispatched.sorted_rows
         layer_id, hidden_states = dispatched.layer_id, dispatched.hidden_states
         quantize = self._quantize_rows if layer_id in self._int8_layers else None
-        sent = gather_rows(hidden_states, sorted_rows.token_of.to(hidden_states.device), quantize)
+        token_of = sorted_rows.token_of.to(hidden_states.device)
+        rows, scales = rows_to_send(hidden_states, token_of, quantize).gathered()
         counts = sorted_rows.counts[0, : self._num_local[layer_id]]
-        output = self._compute(layer_id, sent.rows, sent.scales, counts, self._is_grouped)
+        output = self._compute(layer_id, rows, scales, counts, self._is_grouped)
         combined = weighted_sum([output.cpu()], sorted_rows.position_of, dispatched.topk_weights)
         return combined.to(hidden_states.device)
 

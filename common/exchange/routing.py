@@ -17,7 +17,7 @@ from common import int8_rows, native_routing
 from common.errors import MessageError
 from common.exchange.sent_rows import QuantizeRows
 from common.native_floats import NativeFloats, installed
-from common.native_routing import NativeRouting
+from common.native_routing import NativeRouting, Sorted
 from common.replica_choice import replica_of
 
 Layout = tuple[tuple[tuple[int, ...], torch.dtype], ...]
@@ -179,13 +179,23 @@ def place_slots(topk_ids: Tensor, table: LayerTable, row_keys: Tensor | None = N
     return keys
 
 
+def route_slots(topk_ids: Tensor, table: LayerTable, row_keys: Tensor | None = None) -> SortedRows:
+    """Place the slots of topk_ids [T, K] as `place_slots` does, and sort their rows."""
+    if row_keys is None or not table.has_replicas:
+        native = _native_routing_for(topk_ids)
+        sizes = len(table.num_local), table.most_local
+        made = native.place_and_sort(topk_ids, table.first_keys, *sizes) if native is not None else None
+        if made is not None:
+            return _sorted_rows(made)
+    return sort_rows(place_slots(topk_ids, table, row_keys), table)
+
+
 def sort_rows(slot_keys: Tensor, table: LayerTable) -> SortedRows:
     """Sort the slots [T, K] by worker and local expert; within one, by token."""
     native = _native_routing_for(slot_keys)
     made = native.sort(slot_keys, len(table.num_local), table.most_local) if native is not None else None
     if made is not None:
-        token_of, position_of, counts, ends = made
-        return SortedRows(token_of, position_of, counts, tuple(ends.tolist()))
+        return _sorted_rows(made)
     keys = slot_keys.reshape(-1)
     order = torch.argsort(keys, stable=True)
     position_of = torch.empty_like(order)
@@ -269,12 +279,17 @@ def sum_partials(partials: Sequence[Tensor]) -> Tensor:
     return total.float()
 
 
+def _sorted_rows(made: Sorted) -> SortedRows:
+    token_of, position_of, counts, ends = made
+    return SortedRows(token_of, position_of, counts, tuple(ends.tolist()))
+
+
 def _native_routing_for(slots: Tensor) -> NativeRouting | None:
-    takes = slots.device.type == "cpu" and slots.dtype == torch.int64
+    takes = slots.is_cpu and slots.dtype is torch.int64
     return native_routing.installed() if takes else None
 
 
 def _native_for(rows: Tensor) -> NativeFloats | None:
     """The kernels that give the same bits in one pass, where they are built and take such rows."""
-    takes = rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.bfloat16)
+    takes = rows.is_cpu and rows.dtype in (torch.float32, torch.bfloat16)
     return installed() if takes else None

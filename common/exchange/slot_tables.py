@@ -11,7 +11,7 @@ from torch import Tensor
 
 from common.errors import MessageError
 from common.exchange import Extra, RowOrigins, StepHeader, wire
-from common.exchange.routing import LayerTable, SortedRows, layer_table, place_slots
+from common.exchange.routing import LayerTable, SortedRows, layer_table, place_slots, route_slots
 from common.placement import Placement
 from common.replica_choice import row_key
 
@@ -40,11 +40,18 @@ class SlotTables:
 
     def place(self, layer_id: int, micro_batch: int, topk_ids: Tensor) -> Tensor:  # [T, K] -> [T, K]
         """The slot keys of the chosen experts. Raises MessageError where no worker holds one of them."""
-        table, row_keys = self.table(layer_id), None
-        if self._origins and table.has_replicas:
-            origin = self._origins[micro_batch]
-            row_keys = row_key(origin.request_keys, origin.positions, layer_id)
-        return place_slots(topk_ids, table, row_keys)
+        return place_slots(topk_ids, self.table(layer_id), self._row_keys(layer_id, micro_batch))
+
+    def route(self, layer_id: int, micro_batch: int, topk_ids: Tensor) -> SortedRows:  # [T, K]
+        """The rows of the chosen experts in the order of their keys. Raises MessageError as `place` does."""
+        return route_slots(topk_ids, self.table(layer_id), self._row_keys(layer_id, micro_batch))
+
+    def _row_keys(self, layer_id: int, micro_batch: int) -> Tensor | None:  # [T]
+        """What chooses among replicas, where there are any to choose from."""
+        if not self._origins or not self.table(layer_id).has_replicas:
+            return None
+        origin = self._origins[micro_batch]
+        return row_key(origin.request_keys, origin.positions, layer_id)
 
 
 def message_rows(step: StepHeader, num_experts_per_tok: int) -> int:

@@ -84,15 +84,19 @@ def pack(buffer: Tensor, header: Header, *arrays: Tensor) -> Tensor:
 
     Arrays follow one another without gaps: hand them over in falling order of element size.
     """
-    num_bytes = total_bytes(*arrays)
+    message = front(buffer, total_bytes(*arrays))
+    write_header(message, header)
+    _write(message, HEADER_BYTES, arrays)
+    return message
+
+
+def front(buffer: Tensor, num_bytes: int) -> Tensor:
+    """The part of `buffer` that a message of so many bytes takes. Raises MessageError."""
     if num_bytes > buffer.numel():
         raise MessageError(
             f"a message of {num_bytes} bytes exceeds the {buffer.numel()} bytes announced for its step"
         )
-    message = buffer[:num_bytes]
-    write_header(message, header)
-    _write(message, HEADER_BYTES, arrays)
-    return message
+    return buffer[:num_bytes]
 
 
 def write_header(message: Tensor, header: Header) -> None:

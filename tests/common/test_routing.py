@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from common import native_routing
 from common.errors import MessageError
-from common.exchange.routing import LayerTable, layer_table, place_slots, sort_rows
+from common.exchange.routing import LayerTable, SortedRows, layer_table, place_slots, route_slots, sort_rows
 
 IS_NATIVE = pytest.mark.parametrize("is_native", [True, False], ids=["native", "torch"])
 
@@ -41,8 +41,14 @@ def test_rows_are_sorted_by_worker_and_local_expert_and_then_by_token(
     owners, tokens = chosen
     table = layer_table(owners)
     topk_ids = torch.tensor(tokens, dtype=torch.int64).view(len(tokens), -1 if tokens else 3)
-    rows = sort_rows(place_slots(topk_ids, table), table)
+    rows = route_slots(topk_ids, table)
+    for found in (rows, sort_rows(place_slots(topk_ids, table), table)):
+        assert_sorted(found, tokens, owners, table.most_local)
 
+
+def assert_sorted(
+    rows: SortedRows, tokens: list[list[int]], owners: list[list[int]], most_local: int
+) -> None:
     place = {expert: (w, at) for w, own in enumerate(owners) for at, expert in enumerate(own)}
     slots = [(place[expert], token) for token, ids in enumerate(tokens) for expert in ids]
     wanted = sorted(range(len(slots)), key=lambda slot: slots[slot])
@@ -50,7 +56,7 @@ def test_rows_are_sorted_by_worker_and_local_expert_and_then_by_token(
     assert rows.position_of.flatten().tolist() == [wanted.index(slot) for slot in range(len(slots))]
     for worker, own in enumerate(owners):
         counts = [sum(at == (worker, local) for at, _ in slots) for local in range(len(own))]
-        assert rows.counts[worker].tolist() == counts + [0] * (table.most_local - len(own))
+        assert rows.counts[worker].tolist() == counts + [0] * (most_local - len(own))
         begin, end = rows.span(worker)
         assert end - begin == sum(counts)
 
@@ -63,8 +69,9 @@ def test_an_expert_that_no_worker_holds_is_named_whoever_looks_it_up(is_native: 
         table = LayerTable(
             table.keys_of[:3], table.first_keys[:3], table.num_replicas[:3], table.num_local, table.most_local
         )
-    with pytest.raises(MessageError, match="no worker holds"):
-        place_slots(torch.tensor([[0, expert]]), table)
+    for look_up in (place_slots, route_slots):
+        with pytest.raises(MessageError, match="no worker holds"):
+            look_up(torch.tensor([[0, expert]]), table)
 
 
 @IS_NATIVE
@@ -73,4 +80,22 @@ def test_ids_that_are_a_view_are_read_by_their_strides(is_native: bool) -> None:
     topk_ids = torch.tensor([[3, 0], [1, 2]]).T
     keys = place_slots(topk_ids, table)
     assert keys.tolist() == [[3, 1], [0, 2]]
-    assert sort_rows(keys, table).token_of.tolist() == [1, 0, 1, 0]
+    for rows in (sort_rows(keys, table), route_slots(topk_ids, table)):
+        assert rows.token_of.tolist() == [1, 0, 1, 0]
+        assert rows.position_of.tolist() == [[3, 1], [0, 2]]
+
+
+@IS_NATIVE
+def test_row_keys_choose_among_replicas_and_without_them_the_first_serves(is_native: bool) -> None:
+    table = layer_table(((0, 1), (2, 1), (1, 0)))
+    topk_ids, row_keys = torch.tensor([[0, 1], [1, 2], [1, 0]] * 5), torch.arange(15) * 0x9E3779B97F4A7C1
+    held = {0: (0, 5), 1: (1, 3, 4), 2: (2,)}
+    for keys_of_rows in (None, row_keys):
+        rows = route_slots(topk_ids, table, keys_of_rows)
+        keys = place_slots(topk_ids, table, keys_of_rows).flatten().tolist()
+        assert all(key in held[expert] for key, expert in zip(keys, topk_ids.flatten().tolist(), strict=True))
+        assert (max(keys) > 3) == (keys_of_rows is not None)
+        wanted = sorted(range(30), key=lambda slot: (keys[slot], slot))
+        assert rows.token_of.tolist() == [slot // 2 for slot in wanted]
+        assert rows.position_of.flatten().tolist() == [wanted.index(slot) for slot in range(30)]
+        assert rows.counts.flatten().tolist() == [keys.count(key) for key in range(6)]
