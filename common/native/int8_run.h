@@ -20,7 +20,7 @@ constexpr int64_t kSegment = 256;  // most rows between two reads of the same we
 constexpr int64_t kWorkspace = 8 << 20;
 constexpr int64_t kLeastSegment = 64;
 // What a task reads of a weight, times the rows that meet it over 8: from a few microseconds to some hundred.
-constexpr int64_t kLeastTask = 1 << 14, kMostTask = 1 << 19;
+constexpr int64_t kLeastTask = 1 << 14, kMostTask = 1 << 21;
 // How often a thread that waits for another looks at once, some 20 microseconds, and then giving way, before
 // it sleeps between two looks: who yields may be let go on at once, while another process keeps the core from
 // the thread that is waited for.
