@@ -18,9 +18,8 @@ def record_modules(model: nn.Module, timeline: Timeline) -> None:
         if isinstance(module, MLA):
             _record(module, "attention", module.layer_id, timeline)
         elif isinstance(module, DecoderLayer) and module.fused_decode is not None:
-            _record(
-                module.fused_decode, "attention", module.layer_id, timeline
-            )  # with its norms and the gate
+            # With its norms and the gate: they are one call.
+            _record(module.fused_decode, "attention", module.layer_id, timeline)
         elif isinstance(module, MoE):
             _record(module.shared_experts, "shared_experts", module.layer_id, timeline)
 
