@@ -11,7 +11,9 @@ import pytest
 
 from common.quantize import main as quantize_main
 from expertmesh.trace_summary import summarize
+from tests.e2e.conftest import NUM_EXPERTS
 from tests.e2e.fleet import Answer, Fleet, command, fleet_of, generate
+from tests.tiny_checkpoint import write_checkpoint
 
 PROMPTS = (
     "The router sees every token;",
@@ -90,21 +92,18 @@ def test_a_v2_checkpoint_answers_the_same_in_one_process_and_with_two_workers(v2
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("model", ["v3_model", "w8a8_model"])
+@pytest.mark.parametrize("is_quantised", [False, True], ids=["bfloat16", "W8A8"])
 def test_bench_exchange_traces_a_real_step_in_which_router_and_workers_compute_at_the_same_time(
-    model: str, tmp_path: Path, request: pytest.FixtureRequest
+    tmp_path: Path, *, is_quantised: bool
 ) -> None:
-    file = tmp_path / "trace.json"
-    flags = (
-        "--model",
-        str(request.getfixturevalue(model)),
-        "--micro-batches",
-        "2",
-        "--prompt-tokens",
-        "400",
-        "--chunk-rows",
-        "8",  # so many that the last is far from sent when the first is computed
-    )
+    # Experts so wide that the first micro-batch is still computed when the router sends the second, however
+    # late a busy machine wakes the workers.
+    wide, file = tmp_path / "wide", tmp_path / "trace.json"
+    write_checkpoint(wide, family="v3", n_routed_experts=NUM_EXPERTS, moe_intermediate_size=8192)
+    model = tmp_path / "w8a8" if is_quantised else wide
+    if is_quantised:
+        assert quantize_main([str(wide), str(model)]) == 0
+    flags = ("--model", str(model), "--micro-batches", "2", "--prompt-tokens", "400", "--chunk-rows", "32")
     done = subprocess.run(
         command("bench", "exchange", *flags, "--max-tokens", "4", "--trace", str(file), "--json"),
         capture_output=True,
