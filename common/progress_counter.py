@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import tempfile
@@ -36,6 +37,11 @@ class ProgressCounter:
     def count(self) -> int:
         """How often the child moved on."""
         return self._count[0]
+
+    @property
+    def address(self) -> int:
+        """Where the count is, for code that has no Python; until `close`."""
+        return ctypes.addressof(ctypes.c_uint64.from_buffer(self._memory))
 
     def tick(self) -> None:
         """Move on."""

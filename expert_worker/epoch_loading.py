@@ -106,12 +106,11 @@ class EpochLoading:
         try:
             with self._turn:
                 refusal = self._refusal_of(message)
-                if not refusal:
-                    self._load(message)
+                layers = {} if refusal else self._load(message)
             if refusal:
                 self._send(Refused(message.term, message.epoch, refusal))
             else:
-                self._join(message)
+                self._join(message, layers)
         except Exception as error:
             # Whatever went wrong, the agent must hear of it; weights and links in force are untouched.
             if not isinstance(error, ExpertMeshError):
@@ -139,7 +138,7 @@ class EpochLoading:
         """What an epoch takes for buffers beyond those of the one it follows, which end when it begins."""
         return max(buffer_bytes - self._held_buffer_bytes(term), 0)
 
-    def _load(self, message: Prepare) -> None:
+    def _load(self, message: Prepare) -> Layers:
         self._check_row_format(message)
         sent_at = 0.0
 
@@ -161,6 +160,7 @@ class EpochLoading:
                 message.term, message.epoch, self._shard.loaded_bytes, self._shard.describe_grouped_matmul()
             )
         )
+        return layers
 
     def _check_memory(self, loaded_bytes: int, total_bytes: int, message: Prepare) -> None:
         """Compare what is about to be read, and the buffers, with what is free."""
@@ -174,7 +174,7 @@ class EpochLoading:
         logger.info("memory: %s", finding.sentence)
         require([finding])
 
-    def _join(self, message: Prepare) -> None:
+    def _join(self, message: Prepare, layers: Layers) -> None:
         config = self._format(message.model_path).config
         shape = RowShape(
             config.hidden_size,
@@ -182,7 +182,7 @@ class EpochLoading:
             DTYPES[message.dtype],
             frozenset(message.int8_layers),
         )
-        self._joining.join(message, shape, lambda: self._check(message))
+        self._joining.join(message, shape, layers, lambda: self._check(message))
         self._send(Linked(message.term, message.epoch))
 
     def _check(self, message: Prepare) -> None:

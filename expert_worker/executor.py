@@ -124,7 +124,8 @@ class Executor:
     def _open(self, configure: Configure, kernels: ExpertKernels) -> JoinLink | JoinGroup:
         if configure.exchange == "links":
             exchange = LinksExpertExchange(self._link_closed)
-            return JoinLink(exchange, configure.data_address, configure.same_host_transport)
+            place = configure.data_address, configure.same_host_transport
+            return JoinLink(exchange, *place, self._progress)
         group = CollectiveExpertExchange(self._link_closed, kernels.expand_rows)
         return JoinGroup(group, configure.data_address, find_device(configure.device).collective)
 

@@ -20,6 +20,7 @@ class LayerExperts:
     ) -> None:
         self.expert_ids = tuple(expert_ids)
         self.is_fused = kernels.is_fused(packed)
+        self.joined = kernels.joined(packed)
         self._packed = packed
         self._compute: Callable[..., Tensor]
         if isinstance(packed, PackedInt8Experts):

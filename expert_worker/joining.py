@@ -2,27 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from common.errors import ConfigError
 from common.exchange.collective import CollectiveExpertExchange, join_group
 from common.exchange.link_choice import Meeting, join_router
 from common.exchange.links import LinksExpertExchange
 from common.exchange.routing import RowShape
+from common.native_rows import RowAnswers
+from common.progress_counter import ProgressCounter
+from expert_worker.experts import LayerExperts
 from expert_worker.messages import Prepare
 
 
 class JoinLink:
     """Joins over a link of its own with each router."""
 
-    def __init__(self, exchange: LinksExpertExchange, data_address: str, same_host: str) -> None:
-        """Hand links to `exchange`; `data_address` is this host's, same_host is sameHostTransport."""
+    def __init__(
+        self, exchange: LinksExpertExchange, data_address: str, same_host: str, progress: ProgressCounter
+    ) -> None:
+        """Hand links to `exchange`.
+
+        Args:
+            exchange: it may answer rows by itself.
+            data_address: this host's.
+            same_host: ExpertMesh.sameHostTransport.
+            progress: moves on with what the exchange computes.
+        """
         self.exchange = exchange
+        self._progress = progress
         self._data_address = data_address
         self._same_host = same_host
 
-    def join(self, message: Prepare, shape: RowShape, check: Callable[[], None]) -> None:
-        """Join the router; `check` raises where the epoch is wanted no longer once the link is up.
+    def join(
+        self,
+        message: Prepare,
+        shape: RowShape,
+        layers: Mapping[int, LayerExperts],
+        check: Callable[[], None],
+    ) -> None:
+        """Join the router.
+
+        Args:
+            message: where it is.
+            shape: of its rows.
+            layers: the experts of the epoch, by layer_id.
+            check: raises where the epoch is wanted no longer once the link is up.
 
         Raises:
             LinkError: the router did not come.
@@ -42,11 +67,18 @@ class JoinLink:
         try:
             check()
             self.exchange.add_router(
-                message.term, message.epoch, message.incarnation, link, shape, experts_of(message)
+                *(message.term, message.epoch, message.incarnation, link, shape, experts_of(message)),
+                self._answers(shape, layers),
             )
         except BaseException:
             link.close()
             raise
+
+    def _answers(self, shape: RowShape, layers: Mapping[int, LayerExperts]) -> RowAnswers | None:
+        """What answers rows of the layers whose experts the native kernels run; None where there are none."""
+        joined = {layer_id: layer.joined for layer_id, layer in layers.items() if layer.joined is not None}
+        progress = self._progress.address
+        return RowAnswers(joined, shape.dtype, shape.hidden_size, progress) if joined else None
 
 
 class JoinGroup:
@@ -58,8 +90,14 @@ class JoinGroup:
         self._data_address = data_address
         self._backend = backend
 
-    def join(self, message: Prepare, shape: RowShape, check: Callable[[], None]) -> None:
-        """Join the router and its other workers; `check` as in JoinLink.
+    def join(
+        self,
+        message: Prepare,
+        shape: RowShape,
+        layers: Mapping[int, LayerExperts],
+        check: Callable[[], None],
+    ) -> None:
+        """Join the router and its other workers; arguments as in JoinLink, which looks at layers.
 
         Raises:
             LinkError: somebody did not come.

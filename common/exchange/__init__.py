@@ -180,7 +180,10 @@ class ExpertExchange(Protocol):
     """The expert worker's end. One thread calls receive and reply."""
 
     def receive(self, timeout_s: float | None = None) -> Received | None:
-        """Wait for rows from any router; None when `timeout_s` passed or the exchange was closed."""
+        """Wait for rows from any router.
+
+        None when `timeout_s` passed, the exchange was closed, or rows came that it has answered by itself.
+        """
 
     def reply(self, output: Tensor, received: Received) -> None:
         """Send the experts' output home, in any order.

@@ -5,6 +5,7 @@ Shapes: T tokens, K experts per token, R rows, D hidden_size, E_local experts a 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ from common.exchange.message_link import MessageLink
 from common.exchange.message_views import MessageViews, ReplyViews
 from common.exchange.routing import RowShape
 from common.exchange.token_passes import TokenPasses
+from common.native_rows import RowAnswers
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +43,21 @@ class _Router:
     shape: RowShape
     experts: Mapping[int, tuple[int, ...]]
     views: MessageViews
+    answers: RowAnswers | None
     step: StepHeader | None = None
     capacity: int = wire.HEADER_BYTES
+    is_in_force: bool = False
     is_dropped: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Answerable:
+    """A message that one call answers, from its router."""
+
+    router: _Router
+    message: Tensor
+    num_rows: int
+    received_ns: int
 
 
 @dataclass(slots=True, eq=False)
@@ -61,7 +75,7 @@ class LinksExpertExchange:
     def __init__(self, on_closed: Callable[[int, int, str], None]) -> None:
         """Call `on_closed(term, epoch, reason)`, from any thread, when a link ended by itself."""
         self._on_closed = on_closed
-        self._arrivals: Inbox[_Arrival] = Inbox()
+        self._arrivals: Inbox[_Arrival | _Answerable] = Inbox()
         self._routers: list[_Router] = []
         self._lock = threading.Lock()
         self._count = 0
@@ -75,13 +89,18 @@ class LinksExpertExchange:
         link: MessageLink,
         shape: RowShape,
         experts: Mapping[int, tuple[int, ...]],
+        answers: RowAnswers | None = None,
     ) -> None:
-        """Receive on a link; an older epoch of the term goes on until this one's first step header."""
+        """Receive on a link; an older epoch of the term goes on until this one's first step header.
+
+        With `answers`, rows that these take are answered in `receive`, but for the first, from which whoever
+        computes learns that the epoch is in force.
+        """
         with self._lock:
             if self._is_closed:
                 raise LinkError("the exchange is closed: no router can be added")
             views = MessageViews(shape, link.keeps_memory)
-            router = _Router(self._count, term, epoch, incarnation, link, shape, experts, views)
+            router = _Router(self._count, term, epoch, incarnation, link, shape, experts, views, answers)
             self._count += 1
             self._routers.append(router)
         link.expect(router.capacity)
@@ -92,8 +111,11 @@ class LinksExpertExchange:
         self._drop_all(lambda router: router.term == term)
 
     def receive(self, timeout_s: float | None = None) -> Received | None:
-        """Wait for rows from any router; None when the time passed or the exchange was closed."""
+        """Wait for rows from any router; None after rows that were answered here, too."""
         arrival = self._arrivals.take(timeout_s, lambda one: not _router_of(one).is_dropped)
+        if isinstance(arrival, _Answerable):
+            self._answer(arrival)
+            return None
         if arrival is None:
             return None
         router = _router_of(arrival)
@@ -116,6 +138,7 @@ class LinksExpertExchange:
             if arrival.buffer is not None:
                 router.link.done(arrival.buffer)
             router.link.post(message)
+            router.is_in_force = True
         except LinkError:
             return  # what receives on the link sees the same failure and reports it
 
@@ -124,6 +147,19 @@ class LinksExpertExchange:
         self._is_closed = True
         self._drop_all(lambda router: True)
         self._arrivals.close()
+
+    def _answer(self, came: _Answerable) -> None:
+        router, answers = came.router, came.router.answers
+        reply = _reply_memory(router, came.num_rows)
+        if answers is None or reply is None:
+            return
+        if not answers.answer(came.message, came.received_ns, reply.message):
+            error = MessageError(f"rows per expert do not sum to {came.num_rows}")
+            self._ended(router, error)
+            return
+        with contextlib.suppress(LinkError):  # what receives on the link sees the same failure and reports it
+            router.link.done(came.message)
+            router.link.post(reply.message)
 
     def _drop_all(self, is_wanted: Callable[[_Router], bool]) -> None:
         with self._lock:
@@ -135,12 +171,21 @@ class LinksExpertExchange:
             header = wire.Header(wire.GOODBYE, router.term, router.epoch, router.incarnation, 0)
             threading.Thread(target=say_goodbye, args=(router.link, header), daemon=True).start()
 
-    def _open(self, router: _Router, message: Tensor | LinkError, received_ns: int) -> _Arrival | None:
+    def _open(
+        self, router: _Router, message: Tensor | LinkError, received_ns: int
+    ) -> _Arrival | _Answerable | None:
         """Take in what a router sent, from whichever thread receives on its link."""
         try:
             if isinstance(message, LinkError):
                 raise message
-            return None if router.is_dropped else self._opened(router, message, received_ns)
+            if router.is_dropped:
+                return None
+            if router.is_in_force and router.answers is not None:
+                num_rows = router.answers.num_rows(message)
+                if num_rows is not None:
+                    router.link.expect(router.capacity)
+                    return _Answerable(router, message, num_rows, received_ns)
+            return self._opened(router, message, received_ns)
         except ExchangeError as error:
             self._ended(router, error)
             return None
@@ -177,9 +222,11 @@ class LinksExpertExchange:
         if router.step is None:  # the first header commits the epoch
             self._drop_all(lambda other: other.term == router.term and other.epoch < router.epoch)
         router.step, router.capacity = step, header.capacity_bytes
+        if router.answers is not None:
+            router.answers.begin(header)
 
 
-def _router_of(arrival: _Arrival) -> _Router:
+def _router_of(arrival: _Arrival | _Answerable) -> _Router:
     if arrival.router is None:
         raise MessageError("rows without a router")
     return arrival.router

@@ -18,6 +18,7 @@ from torch import Tensor
 from common.errors import LinkError, MessageError, WorkerLost
 from common.exchange import ALL_GATHER, Dispatched, Extra, RowOrigins, StepHeader, wire
 from common.exchange.deadline import CEILING_S, Deadline
+from common.exchange.decode_messages import DecodeMessages
 from common.exchange.inbox import Inbox
 from common.exchange.links_expert import say_goodbye
 from common.exchange.links_flight import InFlight, Reply, Request, Worker
@@ -62,6 +63,7 @@ class LinksRouterExchange:
             for rank, (link, name, incarnation) in enumerate(zip(links, names, incarnations, strict=True))
         ]
         self._slots = SlotTables(placement)
+        self._decode_messages = DecodeMessages.open(links, self._slots, shape, self._room)
         self._shape, self._term = shape, term
         self._no_rows = torch.empty(0, shape.hidden_size, dtype=shape.dtype)
         self._ask_progress, self._timeline = ask_progress, timeline
@@ -92,6 +94,8 @@ class LinksRouterExchange:
             message.pass_rows = header.pass_rows
             message.is_grouped = int(header.is_grouped)
             self._post(worker, self._written(worker, message, (), "begin"), "begin", -1)
+        if self._decode_messages is not None:
+            self._decode_messages.begin(header, [worker.header for worker in self._workers])
 
     def dispatch(
         self, layer_id: int, micro_batch: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
@@ -104,7 +108,7 @@ class LinksRouterExchange:
         flight = InFlight(layer_id, micro_batch, hidden_states.shape[0], topk_weights)
         if self._step.ep_level == ALL_GATHER:
             self._send_tokens(flight, hidden_states, self._slots.place(layer_id, micro_batch, topk_ids))
-        else:
+        elif not self._send_few_rows(flight, hidden_states, topk_ids):
             self._send_rows(self._step, flight, hidden_states, topk_ids)
         self._record("dispatch", start_ns, "router", layer_id)
         return flight
@@ -173,6 +177,17 @@ class LinksRouterExchange:
             written.append((worker, message, 0, flight.num_tokens))
         self._send(flight, 0, written)
 
+    def _send_few_rows(self, flight: InFlight, hidden_states: Tensor, topk_ids: Tensor) -> bool:
+        """Send the rows of a decode step by one call for all workers; False where that cannot be."""
+        if self._decode_messages is None:
+            return False
+        made = self._decode_messages.write(flight.layer_id, flight.micro_batch, hidden_states, topk_ids)
+        if made is None:
+            return False
+        written, flight.position_of = made
+        self._send(flight, 0, [(self._workers[rank], *message) for rank, message in written])
+        return True
+
     def _send_rows(self, step: StepHeader, flight: InFlight, hidden_states: Tensor, topk_ids: Tensor) -> None:
         sorted_rows = self._slots.route(flight.layer_id, flight.micro_batch, topk_ids)
         count_extra_rounds(self.extra, step, sorted_rows)
@@ -192,13 +207,17 @@ class LinksRouterExchange:
         header.num_rows, header.num_experts = end - begin, messages.num_local[rank]
         header.is_int8 = int(messages.sent.scales is not None)
         num_bytes = messages.num_bytes(rank, end - begin)
-        try:
-            message = wire.front(worker.link.message(min(num_bytes, self._capacity)), num_bytes)
-        except LinkError as error:
-            raise self._lost(worker, "dispatch", str(error), flight.layer_id) from error
+        message = wire.front(self._room(rank, min(num_bytes, self._capacity), flight.layer_id), num_bytes)
         wire.write_header(message, header)
         messages.write(message, rank, begin, end)
         return worker, message, begin, end - begin
+
+    def _room(self, ep_rank: int, num_bytes: int, layer_id: int) -> Tensor:
+        worker = self._workers[ep_rank]
+        try:
+            return worker.link.message(num_bytes)
+        except LinkError as error:
+            raise self._lost(worker, "dispatch", str(error), layer_id) from error
 
     def _send(self, flight: InFlight, index: int, written: Sequence[_Written]) -> None:
         """Send one message to each of some workers, and wait for their replies from here on.

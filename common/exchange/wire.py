@@ -99,10 +99,15 @@ def front(buffer: Tensor, num_bytes: int) -> Tensor:
     return buffer[:num_bytes]
 
 
+def packed(header: Header) -> bytes:
+    """The words of a header as they travel, HEADER_BYTES long."""
+    return _packed.pack(MAGIC, *_words_of(header))
+
+
 def write_header(message: Tensor, header: Header) -> None:
     """Write the header of a message whose arrays may be there already."""
     header.num_bytes = message.numel()
-    words = _packed.pack(MAGIC, *_words_of(header))
+    words = packed(header)
     if message.is_cpu:
         ctypes.memmove(message.data_ptr(), words, HEADER_BYTES)
     else:

@@ -11,7 +11,10 @@ from pathlib import Path
 
 SOURCES = tuple(
     Path(__file__).with_name(name)
-    for name in ("bf16.cpp", "decode_layer.cpp", "floats.cpp", "gate.cpp", "int8.cpp", "routing.cpp")
+    for name in (
+        *("bf16.cpp", "decode_layer.cpp", "floats.cpp", "gate.cpp", "int8.cpp", "routing.cpp"),
+        "row_messages.cpp",
+    )
 )
 LIBRARY = Path(__file__).with_name("kernels.so")
 COMPILERS = ("g++", "clang++")

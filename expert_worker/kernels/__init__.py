@@ -17,6 +17,7 @@ from common.device import find_device
 from common.errors import ConfigError
 from common.exchange.routing import LocalRows
 from common.int8_reference import PackedInt8
+from common.native_int8 import JoinedExperts
 from common.quantization.w8a8 import Int8Weight
 
 
@@ -147,6 +148,9 @@ class ExpertKernels(Protocol):
 
     def is_fused(self, packed: PackedExperts | PackedInt8Experts) -> bool:
         """Whether one call runs all experts of `packed`, which `join` or `join_int8` returned."""
+
+    def joined(self, packed: PackedExperts | PackedInt8Experts) -> JoinedExperts | None:
+        """What that call reads where it is the native kernels' for int8 on a CPU; None elsewhere."""
 
 
 def load_kernels(device: str) -> ExpertKernels:

@@ -28,6 +28,7 @@ __all__ = [
     "is_fused",
     "join",
     "join_int8",
+    "joined",
     "pack",
     "pack_int8",
 ]
@@ -152,3 +153,8 @@ def is_fused(packed: PackedExperts | PackedInt8Experts) -> bool:
     if isinstance(packed, PackedInt8Experts):
         return isinstance(packed, FusedInt8Experts)
     return any(_native(down) is not None for down in packed.down)
+
+
+def joined(packed: PackedExperts | PackedInt8Experts) -> JoinedExperts | None:
+    """What one call of the native kernels reads, for experts in int8."""
+    return packed.joined if isinstance(packed, FusedInt8Experts) else None

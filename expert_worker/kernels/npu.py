@@ -19,7 +19,7 @@ from common.exchange.routing import LocalRows, local_of
 from common.exchange.routing import expand_rows as expand_plainly
 from common.int8_reference import PackedInt8
 from expert_worker.kernels import PackedExperts, PackedInt8Experts, reference
-from expert_worker.kernels.reference import pack, pack_int8
+from expert_worker.kernels.reference import joined, pack, pack_int8
 
 __all__ = [
     "expand_rows",
@@ -28,6 +28,7 @@ __all__ = [
     "is_fused",
     "join",
     "join_int8",
+    "joined",
     "pack",
     "pack_int8",
 ]

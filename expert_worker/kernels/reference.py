@@ -23,6 +23,7 @@ __all__ = [
     "is_fused",
     "join",
     "join_int8",
+    "joined",
     "pack",
     "pack_int8",
 ]
@@ -132,3 +133,7 @@ def int8_experts(
 def is_fused(packed: PackedExperts | PackedInt8Experts) -> bool:
     """Whether one call runs all experts: never."""
     return False
+
+
+def joined(packed: PackedExperts | PackedInt8Experts) -> None:
+    """No call of the native kernels."""

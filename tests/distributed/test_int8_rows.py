@@ -23,7 +23,7 @@ from tests.distributed import fleet_of_threads as fleet
 from tests.distributed.naive import LAYER, TOKENS, D, E, K, inputs, naive, run_step
 
 pytestmark = pytest.mark.distributed
-KINDS = pytest.mark.parametrize("kind", ["links", "collective"])
+KINDS = pytest.mark.parametrize("kind", ["links", "sharedMemory", "collective"])
 OTHER_LAYER = 2
 WIDE = 4096
 
@@ -193,7 +193,9 @@ def test_rows_in_a_form_the_experts_do_not_take_are_refused_by_name(
         )
         router = fleet.join_workers(store, placement, sent, kind=kind)
         exchange, _ = joined.result(fleet.JOIN_S)
-    with pytest.raises(WorkerLost):
-        run_step(router, 0, 2, inputs(17, torch.bfloat16), fleet.TERM)
-    exchange.close()
+        received = pool.submit(exchange.receive, fleet.JOIN_S)
+        with pytest.raises(WorkerLost):
+            run_step(router, 0, 2, inputs(17, torch.bfloat16), fleet.TERM)
+        exchange.close()
+        assert received.result(fleet.JOIN_S) is None
     assert [f"rows of layer {LAYER} {reason}" in why for why in closed] == [True]
