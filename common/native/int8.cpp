@@ -36,7 +36,7 @@ using namespace int8;
 extern "C" {
 
 // Of this interface. common/native_int8.py refuses a library of another one.
-EXPORT int int8_version() { return 8; }
+EXPORT int int8_version() { return 9; }
 
 // The best path of this CPU; the lower numbers work too. 0 portable, 1 AVX2, 2 AVX-512 VNNI.
 EXPORT int int8_best_path() {
