@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common import compute_threads
+from common import compute_threads, native_argmax
 from router.sequence import Sampling, Sequence
 
 FIRST_LOOK = 128
@@ -41,21 +41,26 @@ def sample(logits: Tensor, sequences: Row[Sequence]) -> list[Draw | None]:
     A row that holds NaN, or no finite maximum, gives None: the model has no answer there.
 
     Args:
-        logits: [B, V] float32.
+        logits: [B, V] float32 or bfloat16, with the same result: widening is exact.
         sequences: the B sequences the rows belong to.
     """
     if not sequences:
         return []
-    on_cpu = logits.detach().to("cpu", torch.float32)
-    with compute_threads.whole_team():
-        likeliest_at = on_cpu.argmax(dim=-1, keepdim=True)  # the first of equals, or a NaN where there is one
-    is_finite = on_cpu.gather(-1, likeliest_at).isfinite().squeeze(-1).tolist()
-    likeliest_ids = likeliest_at.squeeze(-1).tolist()
-    rows = on_cpu.numpy()
+    on_cpu = logits.to("cpu")
+    native = native_argmax.installed()
+    likeliest_ids, is_answerable = (_find_likeliest if native is None else native.find)(on_cpu)
     return [
-        _draw(rows[i], sequence, likeliest_ids[i]) if is_finite[i] else None
-        for i, sequence in enumerate(sequences)
+        _draw(on_cpu, index, sequence, likeliest_ids[index]) if is_answerable[index] else None
+        for index, sequence in enumerate(sequences)
     ]
+
+
+def _find_likeliest(logits: Tensor) -> tuple[list[int], list[bool]]:  # [B, V] -> 2 x [B]
+    """The first of equals, or a NaN where there is one, and whether it is finite: as the kernel does."""
+    with compute_threads.whole_team():
+        widened = logits.float()  # torch takes longer to compare bfloat16
+        found = widened.argmax(dim=-1, keepdim=True)
+    return found.squeeze(-1).tolist(), widened.gather(-1, found).isfinite().squeeze(-1).tolist()
 
 
 def uniform(seed: int, position: int) -> float:
@@ -64,8 +69,11 @@ def uniform(seed: int, position: int) -> float:
     return (bits >> 11) * 2.0**-53
 
 
-def _draw(row: NDArray[np.float32], sequence: Sequence, likeliest_id: int) -> Draw:
+def _draw(logits: Tensor, index: int, sequence: Sequence, likeliest_id: int) -> Draw:  # [B, V]
     sampling = sequence.sampling
+    if sampling.is_greedy and sampling.logprobs is None:
+        return Draw(likeliest_id)  # to widen a row takes longer than to find it
+    row = logits[index].float().numpy()
     token_id = likeliest_id
     if not sampling.is_greedy:
         token_id = draw(row, sampling, uniform(sampling.seed, len(sequence.tokens)))

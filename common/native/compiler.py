@@ -10,11 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 SOURCES = tuple(
-    Path(__file__).with_name(name)
-    for name in (
-        *("bf16.cpp", "decode_layer.cpp", "floats.cpp", "gate.cpp", "int8.cpp", "routing.cpp"),
-        "row_messages.cpp",
-    )
+    Path(__file__).with_name(f"{name}.cpp")
+    for name in ("argmax", "bf16", "decode_layer", "floats", "gate", "int8", "routing", "row_messages")
 )
 LIBRARY = Path(__file__).with_name("kernels.so")
 COMPILERS = ("g++", "clang++")

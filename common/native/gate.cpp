@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "elementwise.h"
+#include "places.h"
 #include "threads.h"
 
 namespace gate {
@@ -27,17 +28,6 @@ struct Scratch {
   std::vector<float> scores, choice;     // [E], and with the correction
   std::vector<uint64_t> places, groups;  // [E], [G]
 };
-
-// A place in the order of scores: larger for a larger score, and of equal ones for the lower index. Never 0.
-INLINE uint64_t place_of(float score, int64_t index) {
-  const uint32_t bits = bits_as<uint32_t>(score + 0.0f);  // -0 becomes 0
-  // Not by branches: of corrected scores half may be negative.
-  const uint32_t is_negative = bits >> 31, is_nan = score != score;
-  const uint32_t ascending = (bits ^ ((0 - is_negative) | 1u << 31)) | (0 - is_nan);
-  return static_cast<uint64_t>(ascending) << 32 | ~static_cast<uint32_t>(index);
-}
-
-INLINE int64_t index_of(uint64_t place) { return ~static_cast<uint32_t>(place); }
 
 // Brings the `count` highest places to the front, in their order. Few pass the first test: that takes less
 // time than a heap.

@@ -375,7 +375,7 @@ class DeepseekForCausalLM(nn.Module):
     @torch.inference_mode()
     def forward(
         self, micro_batches: Sequence[Batch], cache: LatentCache, exchange: RouterExchange
-    ) -> Tensor:  # -> [B, V] float32
+    ) -> Tensor:  # -> [B, V], in the model's dtype: the sampler widens the rows that need it
         """Run one step; the exchange is an argument because each epoch brings another.
 
         A sequence may go on in the next micro-batch: at every layer that one comes after the one before.
@@ -385,8 +385,8 @@ class DeepseekForCausalLM(nn.Module):
         """
         hidden_states = torch.cat(take_turns([self.model(batch, cache, exchange) for batch in micro_batches]))
         if self.config.tie_word_embeddings:
-            return self.kernels.linear(hidden_states, self.model.embed_tokens.weight, None).float()
-        return self.lm_head(hidden_states).float()
+            return self.kernels.linear(hidden_states, self.model.embed_tokens.weight, None)
+        return self.lm_head(hidden_states)
 
 
 def take_turns(computations: Sequence[Computation]) -> list[Tensor]:

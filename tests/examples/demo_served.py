@@ -51,7 +51,7 @@ class Served:
         """Compute the logits after every token, decoded token by token."""
         sequence = self.driver.sequence(ids)
         steps = (self.driver.step(Chunk(sequence, position, 1, True)) for position in range(len(ids)))
-        return torch.cat([*steps]).float()
+        return torch.cat([*steps])
 
     def accuracy(self, task: str) -> float:
         """The share of the task's sample that is answered right to the last character."""
@@ -68,7 +68,7 @@ class Served:
             going = [sequence for sequence in sequences if len(sequence.tokens) > position + 1]
             logits = self.driver.step(*(Chunk(sequence, position, 1, True) for sequence in going))
             following = torch.tensor([sequence.tokens[position + 1] for sequence in going])
-            logprobs += logits.float().log_softmax(-1).gather(1, following[:, None])[:, 0].tolist()
+            logprobs += logits.log_softmax(-1).gather(1, following[:, None])[:, 0].tolist()
         return float(torch.tensor(logprobs).mean().neg().exp())
 
 

@@ -107,10 +107,10 @@ class Driver:
         return sequence
 
     def step(self, *chunks: Chunk) -> Tensor:
-        """Compute the chunks together; return the logits of those that sample."""
+        """Compute the chunks together; return the logits of those that sample, widened to float32."""
         parts = Plan(chunks).split(self.micro_batches)
         batches = [build_batch(part, BLOCK_SIZE, self.device, number) for number, part in enumerate(parts)]
-        return self.model(batches, self.cache, self.exchange)
+        return self.model(batches, self.cache, self.exchange).float()
 
     def finish(self, *sequences: Sequence, chunk_size: int | None = None) -> Tensor:
         """Compute all that is pending, `chunk_size` tokens of each a step; return the last logits."""

@@ -120,3 +120,14 @@ def test_micro_batches_change_no_bit(driver: Driver, alone: list[Tensor], micro_
         assert torch.equal(driver.finish(*sequences), torch.stack(alone))
     finally:
         driver.micro_batches = 1
+
+
+@pytest.mark.parametrize("is_tied", [False, True], ids=["lm_head", "tied"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_logits_stay_in_the_dtype_of_the_model(dtype: str, is_tied: bool, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "v2", vocab_size=128, torch_dtype=dtype, tie_word_embeddings=is_tied)
+    driver = Driver(tmp_path)
+    found: list[torch.dtype] = []
+    driver.model.register_forward_hook(lambda model, given, logits: found.append(logits.dtype))
+    driver.finish(driver.sequence([1, 2, 3]))
+    assert found == [getattr(torch, dtype)]

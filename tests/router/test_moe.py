@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from torch import Tensor
 
 from common.exchange import Dispatched
@@ -56,5 +55,4 @@ def test_bfloat16_stays_near_the_float64_oracle(tmp_path: Path, family: str) -> 
     (prompt,) = random_prompts((30,), 256)
     logits = driver.finish(driver.sequence([*prompt, 5, 6], num_prompt_tokens=30))[0]
     expected = oracle.logits([*prompt, 5, 6])[-1].float()
-    assert logits.dtype == torch.float32
     assert (logits - expected).abs().mean() < 0.03 * expected.std()

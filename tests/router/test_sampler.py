@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common import native_argmax, native_library
 from router.sampler import FIRST_LOOK, draw, likeliest, sample, uniform
 from router.sequence import Sampling, Sequence
 
@@ -207,6 +208,47 @@ def test_rows_without_a_finite_maximum_give_nothing_and_leave_the_others_alone()
     assert drawn[:3] == [None, None, None]
     assert drawn[3] is not None
     assert drawn[3].token_id == 9
+
+
+def mixed() -> tuple[torch.Tensor, list[Sequence]]:
+    """Rows in bfloat16, some without an answer, and sequences that ask for what there is to ask for."""
+    logits = (torch.randn(60, 9001, generator=torch.Generator().manual_seed(5)) * 3).bfloat16()
+    logits[3::5, 100:200] = 20.0
+    logits[::8, 3], logits[1::11, 8500], logits[2::13] = math.nan, math.inf, -math.inf
+    askings: tuple[dict[str, object], ...] = (
+        {},
+        {"logprobs": 0},
+        {"logprobs": 5},
+        {"temperature": 1.2, "logprobs": 3},
+        {"temperature": 0.7},
+        {"temperature": 2.0, "top_k": 40},
+        {"temperature": 1.0, "top_p": 0.9},
+    )
+    return logits, [sequence(length=5 + i, seed=i, **askings[i % len(askings)]) for i in range(len(logits))]
+
+
+@pytest.mark.parametrize("is_native", [True, False], ids=["native", "torch"])
+def test_bfloat16_logits_give_the_draws_of_the_same_logits_in_float32(
+    is_native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, sequences = mixed()
+    if not is_native:
+        monkeypatch.setattr(native_argmax, "installed", lambda: None)
+    elif native_argmax.installed() is None:
+        pytest.skip(str(native_library.why_unavailable()))
+    drawn = sample(logits, sequences)
+    assert drawn == sample(logits.float(), sequences)
+    assert [draw is None for draw in drawn] == [not bool(row.max().isfinite()) for row in logits]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_native_kernel_changes_no_draw(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    if native_argmax.installed() is None:
+        pytest.skip(str(native_library.why_unavailable()))
+    logits, sequences = mixed()
+    drawn = sample(logits.to(dtype), sequences)
+    monkeypatch.setattr(native_argmax, "installed", lambda: None)
+    assert sample(logits.to(dtype), sequences) == drawn
 
 
 def test_the_likeliest_are_sorted_by_logit_then_id() -> None:
