@@ -7,6 +7,7 @@ kernels are there, torch therefore computes alone, but for products of float wei
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,6 +33,19 @@ def settle(number: int | None, device: str) -> None:
         torch.set_num_threads(number)
     if device == "cpu" and native_library.why_unavailable() is None:
         _settled = torch.get_num_threads()
+
+
+def take_cores(first: int) -> None:
+    """Have each thread of the native kernels compute on a core of its own.
+
+    For processes that share the cores of a machine and have a thread for every core each, which is checked
+    here: where two threads of one of them met on a core, another would have nothing to do for a while.
+
+    Args:
+        first: which core the calling thread takes; different processes are given different ones.
+    """
+    if _settled is not None and hasattr(os, "sched_getaffinity") and _settled == len(os.sched_getaffinity(0)):
+        native_library.open_library().threads_place(first)
 
 
 def fit_torch(num_rows: int) -> None:

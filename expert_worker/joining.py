@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from common import compute_threads
 from common.errors import ConfigError
 from common.exchange.collective import CollectiveExpertExchange, join_group
 from common.exchange.link_choice import Meeting, join_router
@@ -64,6 +65,8 @@ class JoinLink:
                 same_host=self._same_host,
             )
         )
+        if link.keeps_memory:  # the router computes on this machine, too, and begins with the first core
+            compute_threads.take_cores(message.ep_rank + 1)
         try:
             check()
             self.exchange.add_router(

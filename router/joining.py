@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from common import compute_threads
 from common.environment import hccl_buffer_mb
 from common.errors import LinkError
 from common.exchange.collective import CollectiveRouterExchange, join_group
@@ -91,6 +92,8 @@ def join_links(message: Connect, address: LinkAddress, end: RouterEnd) -> LinksR
         for link in links:
             link.close()
         raise MemberMissing(len(links), error) from error
+    if any(link.keeps_memory for link in links):
+        compute_threads.take_cores(0)
     return LinksRouterExchange(
         links,
         _names(message),

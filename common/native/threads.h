@@ -14,6 +14,9 @@
 #include <new>
 #include <system_error>
 #include <thread>
+#include <vector>
+
+#include "cores.h"
 
 // How long a helper gives way and looks again before it sleeps: to wake it takes as long as a small task.
 constexpr std::chrono::microseconds kLook{50};
@@ -34,11 +37,12 @@ class Helpers {
   void run(int threads, Work work, void* argument) {
     const std::unique_lock<std::mutex> own(caller_, std::try_to_lock);
     if (threads < 2 || !own.owns_lock()) return work(argument);
+    cores_.come_home();
     bool is_asleep;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       try {
-        for (; started_ < threads - 1; started_++) std::thread(&Helpers::serve, this, started_).detach();
+        while (static_cast<int>(started_.size()) < threads - 1) start();
       } catch (const std::system_error&) {
         // The system has no thread to give: those there are will do.
       }
@@ -57,7 +61,24 @@ class Helpers {
     while (busy_.load(std::memory_order_acquire)) std::this_thread::yield();
   }
 
+  // Gives the caller and every helper a core of its own: Cores says which.
+  void place(int first) {
+    const std::lock_guard<std::mutex> own(caller_);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    cores_.place(first);
+    for (size_t i = 0; i < started_.size(); i++) cores_.keep(started_[i], i + 1);
+  }
+
  private:
+  void start() {
+    const int index = static_cast<int>(started_.size());
+    started_.reserve(index + 1);
+    std::thread helper(&Helpers::serve, this, index);
+    started_.push_back(helper.native_handle());
+    cores_.keep(started_.back(), index + 1);
+    helper.detach();
+  }
+
   void serve(int index) {
     uint64_t seen = 0;
     std::unique_lock<std::mutex> lock(mutex_);
@@ -91,7 +112,9 @@ class Helpers {
   std::condition_variable wake_;
   Work work_ = nullptr;
   void* argument_ = nullptr;
-  int started_ = 0, wanted_ = 0, asleep_ = 0;
+  int wanted_ = 0, asleep_ = 0;
+  std::vector<std::thread::native_handle_type> started_;
+  Cores cores_;
   std::atomic<uint64_t> number_{0};
   std::atomic<int> busy_{0};
 };

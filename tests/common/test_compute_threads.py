@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -57,3 +60,50 @@ def test_an_accelerator_leaves_torch_its_threads(settled: None) -> None:
     compute_threads.settle(2, "npu")
     compute_threads.fit_torch(1)
     assert torch.get_num_threads() == 2
+
+
+PLACED = """
+import os, sys, threading
+from pathlib import Path
+import torch
+from common import compute_threads, int8_rows
+
+def compute():
+    int8_rows.quantize_rows(torch.ones(1000, 1000))  # so many that they are shared
+
+def cores():
+    tasks = [int(task.name) for task in Path("/proc/self/task").iterdir()]
+    return {task: sorted(os.sched_getaffinity(task)) for task in tasks}
+
+first, number, is_late = map(int, sys.argv[1:])
+compute_threads.settle(number, "cpu")
+if is_late:
+    compute()
+compute_threads.take_cores(first)
+compute()
+seen = []
+thread = threading.Thread(target=lambda: seen.append(sorted(os.sched_getaffinity(0))))
+thread.start()
+thread.join()
+print(cores()[os.getpid()], *seen, sorted(own for own in cores().values() if len(own) == 1), sep=";")
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two cores"
+)
+@pytest.mark.skipif(native_library.why_unavailable() is not None, reason="the kernels were not built")
+@pytest.mark.parametrize("is_late", [False, True], ids=["before the first work", "between work"])
+def test_helpers_keep_a_core_each_and_whoever_has_them_work_may_use_all(is_late: bool) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+
+    def placed(first: int, number: int) -> list[str]:
+        command = [sys.executable, "-c", PLACED, str(first), str(number), str(int(is_late))]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        return done.stdout.strip().split(";")
+
+    for first in range(3):
+        others = [[core] for core in cores if core != cores[first % len(cores)]]
+        assert placed(first, len(cores)) == [str(cores), str(cores), str(others)]
+    # With fewer threads than cores the system has a choice that is better left to it.
+    assert placed(0, len(cores) - 1) == [str(cores), str(cores), "[]"]
