@@ -156,6 +156,7 @@ class LinksRouterExchange:
         if self._is_closed:
             return
         self._is_closed = True
+        self._decode_messages = None  # it holds memory of the links
         self._arrivals.close()
         for worker in self._workers:
             self._arrivals.forget(worker.link)
