@@ -79,6 +79,7 @@ class DecodeMessages:
         if (
             layer_id not in self._tables
             or not 0 < num_rows <= self._most_rows
+            or hidden_states.dtype is not self._shape.dtype
             or not (hidden_states.is_cpu and hidden_states.is_contiguous() and topk_ids.is_contiguous())
         ):
             return None

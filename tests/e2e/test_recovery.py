@@ -107,8 +107,12 @@ FLEETS: dict[str, tuple[int, int, dict[str, str], list[Harm]]] = {
 
 @pytest.fixture(scope="module")
 def undisturbed(v3_model: Path) -> list[Answer]:
-    """The answers of one process that nothing happens to."""
-    with fleet_of(v3_model, "--expert-workers", "0", **ENVIRONMENT) as fleet, ThreadPoolExecutor(6) as pool:
+    return answers_of_one_process(v3_model)
+
+
+def answers_of_one_process(model: Path) -> list[Answer]:
+    """What it answers if nothing happens to it."""
+    with fleet_of(model, "--expert-workers", "0", **ENVIRONMENT) as fleet, ThreadPoolExecutor(6) as pool:
         return [answer.result(60) for answer in everything(fleet, pool)]
 
 
@@ -136,6 +140,16 @@ def test_streams_go_on_with_the_same_bits_whoever_is_lost_and_whenever(
     with fleet_of(v3_model, *flags, **ENVIRONMENT, **environment) as fleet:
         for harm in harms:
             endure(fleet, harm, chance, undisturbed)
+
+
+def test_streams_of_a_quantised_checkpoint_go_on_with_the_same_bits_too(w8a8_model: Path) -> None:
+    expected = answers_of_one_process(w8a8_model)
+    chance = random.Random(SEED)
+    # Native code writes these rows and answers them.
+    how = {"EXPERTMESH_SAME_HOST_TRANSPORT": "sharedMemory"}
+    with fleet_of(w8a8_model, "--expert-workers", "2", "--ep-level", "2", **ENVIRONMENT, **how) as fleet:
+        for harm in (kill_one, stop_one, kill_all, kill_the_engine, reload_meanwhile):
+            endure(fleet, harm, chance, expected)
 
 
 @pytest.mark.slow

@@ -129,13 +129,6 @@ QUANTISED: dict[str, tuple[int, dict[str, str]]] = {
 
 
 @pytest.fixture(scope="module")
-def w8a8_model(v3_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("quantised") / "w8a8"
-    assert quantize_main([str(v3_model), str(directory)]) == 0
-    return directory
-
-
-@pytest.fixture(scope="module")
 def w8a8_answers(w8a8_model: Path) -> list[tuple[object, ...]]:
     with fleet_of(w8a8_model, "--expert-workers", "0") as fleet:
         return answers(fleet)
