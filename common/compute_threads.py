@@ -42,7 +42,7 @@ def take_cores(first: int) -> None:
     here: where two threads of one of them met on a core, another would have nothing to do for a while.
 
     Args:
-        first: which core the calling thread takes; different processes are given different ones.
+        first: which core whoever has the kernels work takes; different ones in processes that work together.
     """
     if _settled is not None and hasattr(os, "sched_getaffinity") and _settled == len(os.sched_getaffinity(0)):
         native_library.open_library().threads_place(first)

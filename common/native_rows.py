@@ -129,7 +129,7 @@ class RowAnswers:
         library = open_library()
         self._count, self._answer = library.rows_count, library.rows_answer
         self._count.argtypes, self._count.restype = [_POINTER, _POINTER, _SIZE], _SIZE
-        self._answer.argtypes = [_NUMBER, _NUMBER, _NUMBER, _POINTER, _POINTER, _SIZE, _POINTER]
+        self._answer.argtypes = [*[_NUMBER] * 3, _POINTER, _POINTER, *[_SIZE] * 3, _POINTER]
         self._path = PATHS.index(best_path(library))
         self._is_bfloat16 = dtype is torch.bfloat16
         self._joined = dict(layers)
@@ -150,20 +150,24 @@ class RowAnswers:
         found: int = self._count(self._address, message.data_ptr(), message.numel())
         return None if found < 0 else found
 
-    def answer(self, message: Tensor, received_ns: int, reply: Tensor) -> bool:
-        """Run the rows of a message through their experts, and write the whole reply; whether it could.
+    def answer(self, message: Tensor, num_rows: int, received_ns: int, reply: Tensor) -> bool:
+        """Run the rows of a message through their experts, and write the whole reply.
 
         Args:
             message: `num_rows` has let it pass.
+            num_rows: what that found.
             received_ns: when it came.
             reply: memory of a header and as many rows.
+
+        Returns:
+            Whether rows per expert sum to the rows, and the message is still what it was.
 
         Raises:
             MemoryError: there is no memory to compute them.
         """
         failure = self._answer(
             *(self._path, compute_threads.count(), self._is_bfloat16, self._address, message.data_ptr()),
-            *(received_ns, reply.data_ptr()),
+            *(message.numel(), num_rows, received_ns, reply.data_ptr()),
         )
         if failure == 1:
             raise MemoryError("no memory to run rows through their experts: send fewer at once")

@@ -65,10 +65,10 @@ class JoinLink:
                 same_host=self._same_host,
             )
         )
-        if link.keeps_memory:  # the router computes on this machine, too, and begins with the first core
-            compute_threads.take_cores(message.ep_rank + 1)
         try:
             check()
+            if link.keeps_memory:  # the router computes on this machine, too, and begins with the first core
+                compute_threads.take_cores(message.ep_rank + 1)
             self.exchange.add_router(
                 *(message.term, message.epoch, message.incarnation, link, shape, experts_of(message)),
                 self._answers(shape, layers),

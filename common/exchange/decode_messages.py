@@ -79,8 +79,8 @@ class DecodeMessages:
         if (
             layer_id not in self._tables
             or not 0 < num_rows <= self._most_rows
-            or hidden_states.dtype is not self._shape.dtype
-            or not (hidden_states.is_cpu and hidden_states.is_contiguous() and topk_ids.is_contiguous())
+            or not _is_plain(hidden_states, self._shape.dtype, (len(topk_ids), self._shape.hidden_size))
+            or not _is_plain(topk_ids, torch.int64, (len(topk_ids), self._shape.num_experts_per_tok))
         ):
             return None
         memory = [self._memory(ep_rank, layer_id) for ep_rank in range(len(self._spare))]
@@ -118,3 +118,7 @@ class DecodeMessages:
                 self._fronts.clear()
             self._fronts[key] = front = memory[:num_bytes]
         return front
+
+
+def _is_plain(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    return tensor.dtype is dtype and tensor.shape == shape and tensor.is_cpu and tensor.is_contiguous()

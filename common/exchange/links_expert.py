@@ -5,12 +5,12 @@ Shapes: T tokens, K experts per token, R rows, D hidden_size, E_local experts a 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -55,6 +55,7 @@ class _Answerable:
     """A message that one call answers, from its router."""
 
     router: _Router
+    answers: RowAnswers
     message: Tensor
     num_rows: int
     received_ns: int
@@ -149,17 +150,16 @@ class LinksExpertExchange:
         self._arrivals.close()
 
     def _answer(self, came: _Answerable) -> None:
-        router, answers = came.router, came.router.answers
-        reply = _reply_memory(router, came.num_rows)
-        if answers is None or reply is None:
-            return
-        if not answers.answer(came.message, came.received_ns, reply.message):
-            error = MessageError(f"rows per expert do not sum to {came.num_rows}")
-            self._ended(router, error)
-            return
-        with contextlib.suppress(LinkError):  # what receives on the link sees the same failure and reports it
+        router, answers = came.router, came.answers
+        try:
+            memory = router.link.message(router.views.reply_bytes(came.num_rows))
+            reply = router.views.reply(memory, came.num_rows).message
+            if not answers.answer(came.message, came.num_rows, came.received_ns, reply):
+                _refuse(router, came)
             router.link.done(came.message)
-            router.link.post(reply.message)
+            router.link.post(reply)
+        except ExchangeError as error:
+            self._ended(router, error)
 
     def _drop_all(self, is_wanted: Callable[[_Router], bool]) -> None:
         with self._lock:
@@ -180,12 +180,13 @@ class LinksExpertExchange:
                 raise message
             if router.is_dropped:
                 return None
-            if router.is_in_force and router.answers is not None:
-                num_rows = router.answers.num_rows(message)
-                if num_rows is not None:
-                    router.link.expect(router.capacity)
-                    return _Answerable(router, message, num_rows, received_ns)
-            return self._opened(router, message, received_ns)
+            router.link.settle(CEILING_S)  # the router was ready for every reply before it sent the rows
+            answers = router.answers if router.is_in_force else None
+            num_rows = None if answers is None else answers.num_rows(message)
+            if answers is None or num_rows is None:
+                return self._opened(router, message, received_ns)
+            router.link.expect(router.capacity)
+            return _Answerable(router, answers, message, num_rows, received_ns)
         except ExchangeError as error:
             self._ended(router, error)
             return None
@@ -203,7 +204,6 @@ class LinksExpertExchange:
             self._on_closed(router.term, router.epoch, str(error))
 
     def _opened(self, router: _Router, buffer: Tensor, received_ns: int) -> _Arrival | None:
-        router.link.settle(CEILING_S)  # the router was ready for every reply before it sent the rows
         header = wire.unpack_header(buffer)
         checks.check_origin(header, router.term, router.epoch, router.incarnation)
         arrival = None
@@ -248,6 +248,15 @@ def _reply_message(router: _Router, arrival: _Arrival, body: Tensor) -> Tensor:
         output.copy_(body)
     wire.write_header(message, arrival.header)
     return message
+
+
+def _refuse(router: _Router, came: _Answerable) -> NoReturn:
+    """Say what is wrong with a message that could not be answered. Raises MessageError."""
+    header = wire.unpack_header(came.message)
+    checks.check_rows(header, router.step, router.experts, router.shape)
+    counts, *_ = router.views.sent(came.message, header, len(router.experts[header.layer_id]))
+    checks.check_counts(counts, came.num_rows)
+    raise MessageError(f"a message was changed while it lay here: {header}")
 
 
 def _rows_of(router: _Router, header: wire.Header, buffer: Tensor, received_ns: int) -> _Arrival:

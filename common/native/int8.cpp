@@ -38,8 +38,8 @@ extern "C" {
 // Of this interface. common/native_int8.py refuses a library of another one.
 EXPORT int int8_version() { return 9; }
 
-// Has the threads of this process compute on a core each, thread 0, which calls, on the one with `first` before
-// it among those the process may use.
+// Has the threads of this process compute on a core each: whoever calls a kernel on the one with `first` before
+// it among those the process may use. Not in a process that was forked from one with helpers.
 EXPORT void threads_place(int first) { Helpers::of_process().place(first); }
 
 // The best path of this CPU; the lower numbers work too. 0 portable, 1 AVX2, 2 AVX-512 VNNI.

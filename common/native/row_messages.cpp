@@ -89,8 +89,9 @@ bool is_of_step(const Header& found, const Answers& own, int64_t came_bytes) {
       found.num_tokens > step.num_tokens || found.round < 0 || found.num_rows < 0 ||
       found.num_rows > came_bytes)
     return false;
-  const int64_t bytes = message_bytes(own.layers[found.layer_id].experts, found.num_rows, own.hidden_size);
-  return found.num_bytes == bytes && bytes <= came_bytes;
+  const int64_t experts = own.layers[found.layer_id].experts;
+  const int64_t bytes = message_bytes(experts, found.num_rows, own.hidden_size);
+  return found.num_experts == experts && found.num_bytes == bytes && bytes <= came_bytes;
 }
 
 }  // namespace
@@ -144,14 +145,17 @@ EXPORT int64_t rows_count(const Answers* answers, const uint8_t* message, int64_
   return is_of_step(header, *answers, came_bytes) ? header.num_rows : -1;
 }
 
-// A message that rows_count has let pass -> its reply, a header and rows [R, D], float or bfloat16. Returns as
-// int8_experts does.
+// A message that rows_count has let pass, with so many rows -> its reply, a header and rows [R, D], float or
+// bfloat16. Returns as int8_experts does, and 2 also if the message, which others can write to, is none of so many
+// rows any more.
 EXPORT int rows_answer(int path, int threads, int is_bfloat16, const Answers* answers, const uint8_t* message,
-                       int64_t received_ns, uint8_t* reply) {
+                       int64_t came_bytes, int64_t num_rows, int64_t received_ns, uint8_t* reply) {
   const int64_t start_ns = now_ns();
   Header header;
   std::memcpy(&header, message, sizeof header);
+  if (header.num_rows != num_rows || header.layer_id < 0 || header.layer_id >= answers->num_layers) return 2;
   const HeldLayer& layer = answers->layers[header.layer_id];
+  if (!layer.weights || message_bytes(layer.experts, num_rows, answers->hidden_size) > came_bytes) return 2;
   const uint8_t* counts = message + sizeof header;
   const uint8_t* scales = counts + layer.experts * sizeof(int64_t);
   const uint8_t* rows = scales + header.num_rows * kScaleBytes;

@@ -118,6 +118,10 @@ def test_what_it_is_not_for_is_left_to_the_caller() -> None:
     assert messages.write(LAYER, 0, hidden.t().contiguous().t(), topk_ids) is None
     assert messages.write(LAYER, 0, hidden[:0], topk_ids[:0]) is None
     assert messages.write(LAYER, 0, hidden.double(), topk_ids) is None
+    assert messages.write(LAYER, 0, hidden, topk_ids.int()) is None
+    assert messages.write(LAYER, 0, hidden, topk_ids[:3]) is None
+    assert messages.write(LAYER, 0, hidden, topk_ids.view(6, 2)) is None
+    assert messages.write(LAYER, 0, hidden[:, :-1].contiguous(), topk_ids) is None
     assert messages.write(LAYER, 0, hidden, topk_ids + 1) is None  # 8 is nobody's: the caller says so
     assert messages.write(LAYER, 0, hidden, topk_ids) is not None
 

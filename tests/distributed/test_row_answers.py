@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields, replace
 
@@ -14,18 +14,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from common import native_library
-from common.exchange import ALL_TO_ALL, Received, StepHeader, wire
+from common import native_library, process_group
+from common.exchange import ALL_TO_ALL, Received, StepHeader, link_choice, wire
 from common.exchange.links import LinksExpertExchange, LinksRouterExchange
+from common.exchange.message_link import MessageLink
 from common.exchange.routing import RowShape
 from common.native_rows import RowAnswers
 from common.placement import Placement, contiguous
+from common.process_group import PairLink
 from common.quantization.w8a8 import quantize_channels
-from common.shared_memory_link import SharedMemoryLink
 from expert_worker import step_loop
 from expert_worker.experts import LayerExperts
 from expert_worker.kernels import cpu
-from tests.distributed.fleet_of_threads import EPOCH, INCARNATION, TERM
+from tests.distributed.fleet_of_threads import EPOCH, HOST, INCARNATION, JOIN_S, TERM, meeting
 from tests.distributed.naive import TOKENS, E, K, inputs
 from tests.kernels.comparing import randn
 
@@ -53,20 +54,26 @@ def layers_of(rank: int, placement: Placement, dtype: torch.dtype) -> dict[int, 
 
 
 class Workers:
-    """Expert workers in threads, over shared memory, whose computations in Python are recorded."""
+    """Expert workers in threads, over links of a kind, whose computations in Python are recorded."""
 
-    def __init__(self, shape: RowShape, has_answers: bool) -> None:
+    def __init__(self, shape: RowShape, has_answers: bool, kind: str) -> None:
         self.computed: list[tuple[int, int, int]] = []
         self.closed: list[str] = []
         self.progress = [ctypes.c_uint64() for _ in range(WORKERS)]
-        self.links: list[SharedMemoryLink] = []
+        self.links: list[MessageLink] = []
+        self.theirs: list[MessageLink] = []
+        self._store = process_group.open_store(HOST)
         self._ends: list[LinksExpertExchange] = []
         self._threads: list[threading.Thread] = []
         self._is_stopped = threading.Event()
         self.placement = contiguous(E, WORKERS, [LAYER, FLOAT_LAYER])
         for rank in range(WORKERS):
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            self.links.append(SharedMemoryLink(ours, "sharedMemory"))
+            with ThreadPoolExecutor(1) as pool:
+                joined_as_router = pool.submit(
+                    link_choice.join_worker, meeting(self._store, f"w{rank}", kind)
+                )
+                self.theirs.append(link_choice.join_router(meeting(self._store, f"w{rank}", "auto")))
+                self.links.append(joined_as_router.result(JOIN_S))
             layers = layers_of(rank, self.placement, shape.dtype)
             joined = {number: layer.joined for number, layer in layers.items() if layer.joined is not None}
             assert [*joined] == [LAYER]
@@ -74,7 +81,7 @@ class Workers:
             answers = RowAnswers(joined, shape.dtype, D, progress) if has_answers else None
             end = LinksExpertExchange(lambda _term, _epoch, reason: self.closed.append(reason))
             end.add_router(
-                *(TERM, EPOCH, INCARNATION, SharedMemoryLink(theirs, "sharedMemory"), shape),
+                *(TERM, EPOCH, INCARNATION, self.theirs[rank], shape),
                 *(self.placement.experts_of(rank), answers),
             )
             self._ends.append(end)
@@ -99,8 +106,10 @@ class Workers:
 
 
 @contextmanager
-def joined_router(shape: RowShape, has_answers: bool) -> Iterator[tuple[LinksRouterExchange, Workers]]:
-    workers = Workers(shape, has_answers)
+def joined_router(
+    shape: RowShape, has_answers: bool, kind: str = "sharedMemory"
+) -> Iterator[tuple[LinksRouterExchange, Workers]]:
+    workers = Workers(shape, has_answers, kind)
     names = [f"w{rank}" for rank in range(WORKERS)]
     router = LinksRouterExchange(
         *(workers.links, names, workers.placement, shape, TERM, [INCARNATION] * WORKERS), 10.0, None
@@ -116,15 +125,16 @@ def shape_of(dtype: torch.dtype) -> RowShape:
     return RowShape(D, K, dtype, frozenset({LAYER}))
 
 
+@pytest.mark.parametrize("kind", ["links", "sharedMemory"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_rows_answered_in_one_call_have_the_bits_of_rows_computed_message_by_message(
-    dtype: torch.dtype,
+    dtype: torch.dtype, kind: str
 ) -> None:
     bounds: list[dict[str, int]] = [{}, {"chunk_rows": 7}, {"round_rows": 5}, {"micro_batches": 2}]
     cases = [*itertools.product((2, 1), bounds, TOKENS, (LAYER, FLOAT_LAYER))]
     found: dict[bool, list[Tensor]] = {}
     for has_answers in (False, True):
-        with joined_router(shape_of(dtype), has_answers) as (router, workers):
+        with joined_router(shape_of(dtype), has_answers, kind) as (router, workers):
             sums = []
             for step_id, (level, bound, num_tokens, layer_id) in enumerate(cases):
                 router.begin(StepHeader(TERM, EPOCH, step_id, level, num_tokens, **bound))  # type: ignore[arg-type]
@@ -151,6 +161,17 @@ def test_the_progress_of_a_worker_moves_on_with_every_message_it_answers() -> No
             assert [one.value for one in workers.progress] == [2 * step_id] * WORKERS
 
 
+def test_replies_over_gloo_are_let_go_while_a_step_goes_on() -> None:
+    with joined_router(shape_of(torch.bfloat16), True, "links") as (router, workers):
+        router.begin(StepHeader(TERM, EPOCH, 0, ALL_TO_ALL, 17))
+        for _ in range(30):  # as many layers
+            router.combine(router.dispatch(LAYER, 0, *inputs(17, torch.bfloat16, D)))
+        assert len(workers.computed) == WORKERS
+        for link in workers.theirs:
+            assert isinstance(link, PairLink)
+            assert len(link._posted) <= 2
+
+
 def test_rows_per_expert_that_do_not_sum_to_the_rows_end_the_link_with_a_sentence() -> None:
     with joined_router(shape_of(torch.bfloat16), True) as (router, workers):
         router.begin(StepHeader(TERM, EPOCH, 0, ALL_TO_ALL, 17))
@@ -166,7 +187,33 @@ def test_rows_per_expert_that_do_not_sum_to_the_rows_end_the_link_with_a_sentenc
             if workers.closed:
                 break
             deadline.wait(0.05)
-        assert workers.closed == ["rows per expert do not sum to 2"]
+        rows = [1] + [0] * (num_local - 1)
+        assert workers.closed == [f"rows per expert {rows} do not sum to 2"]
+
+
+def test_a_message_that_is_changed_after_it_was_looked_at_is_not_answered() -> None:
+    placement = contiguous(E, WORKERS, [LAYER, FLOAT_LAYER])
+    joined = layers_of(0, placement, torch.bfloat16)[LAYER].joined
+    assert joined is not None
+    progress = ctypes.c_uint64()
+    answers = RowAnswers({LAYER: joined}, torch.bfloat16, D, ctypes.addressof(progress))
+    header, arrays = plain_message(answers, joined.num_experts)
+    memory, reply = torch.zeros(1 << 14, dtype=torch.uint8), torch.zeros(1 << 12, dtype=torch.uint8)
+    message = wire.pack(memory, header, *arrays)
+    assert answers.num_rows(message) == 5
+    for change in (
+        {"num_rows": 20},
+        {"num_rows": 4},
+        {"layer_id": 1 << 40},
+        {"layer_id": 0},
+        {"layer_id": -1},
+    ):
+        wire.write_header(message, replace(header, **change))
+        assert not answers.answer(message, 5, 0, reply)
+        assert (int(reply.sum()), progress.value) == (0, 0)
+    wire.write_header(message, header)
+    assert answers.answer(message, 5, 0, reply)
+    assert (wire.unpack_header(reply).num_rows, progress.value) == (5, 2)
 
 
 def plain_message(answers: RowAnswers, num_local: int) -> tuple[wire.Header, tuple[Tensor, ...]]:
@@ -191,6 +238,7 @@ WRONG = {
     "ep_level": 1,
     "num_tokens": 10,
     "num_rows": 4,
+    "num_experts": 3,
     "is_int8": 0,
     "is_window": 1,
 }
