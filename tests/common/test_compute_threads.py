@@ -81,11 +81,12 @@ if is_late:
     compute()
 compute_threads.take_cores(first)
 compute()
-seen = []
-thread = threading.Thread(target=lambda: seen.append(sorted(os.sched_getaffinity(0))))
+# It stays: a thread that ends may be listed and gone when it is asked.
+thread = threading.Thread(target=threading.Event().wait, daemon=True)
 thread.start()
-thread.join()
-print(cores()[os.getpid()], *seen, sorted(own for own in cores().values() if len(own) == 1), sep=";")
+found = cores()
+kept = sorted(own for own in found.values() if len(own) == 1)
+print(found[os.getpid()], found[thread.native_id], kept, sep=";")
 """
 
 

@@ -70,8 +70,8 @@ def test_int8_rows_are_answered_in_the_models_dtype(kind: str, is_in_place: bool
 @pytest.mark.parametrize("kind", ["links", "sharedMemory"])
 def test_the_memory_of_a_reply_outlives_its_link(kind: str) -> None:
     def drop(rank: int, received: Received) -> None:
+        dropped.append(received.term)  # before the router can hear of it
         small.experts[rank].forget(received.term)
-        dropped.append(received.term)
 
     dropped: list[int] = []
     placement, shape = contiguous(E, 1, [LAYER]), RowShape(D, K, torch.bfloat16)
