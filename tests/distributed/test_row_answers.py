@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import queue
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from common import native_library, process_group
+from common.errors import LinkError, WorkerLost
 from common.exchange import ALL_TO_ALL, Received, StepHeader, link_choice, wire
 from common.exchange.links import LinksExpertExchange, LinksRouterExchange
 from common.exchange.message_link import MessageLink
@@ -58,7 +60,7 @@ class Workers:
 
     def __init__(self, shape: RowShape, has_answers: bool, kind: str) -> None:
         self.computed: list[tuple[int, int, int]] = []
-        self.closed: list[str] = []
+        self._reasons: queue.Queue[str] = queue.Queue()
         self.progress = [ctypes.c_uint64() for _ in range(WORKERS)]
         self.links: list[MessageLink] = []
         self.theirs: list[MessageLink] = []
@@ -79,7 +81,7 @@ class Workers:
             assert [*joined] == [LAYER]
             progress = ctypes.addressof(self.progress[rank])
             answers = RowAnswers(joined, shape.dtype, D, progress) if has_answers else None
-            end = LinksExpertExchange(lambda _term, _epoch, reason: self.closed.append(reason))
+            end = LinksExpertExchange(lambda _term, _epoch, reason: self._reasons.put(reason))
             end.add_router(
                 *(TERM, EPOCH, INCARNATION, self.theirs[rank], shape),
                 *(self.placement.experts_of(rank), answers),
@@ -96,6 +98,10 @@ class Workers:
             return experts.forward(received.rows, counts, None, received.row_scales, True, received.output)
 
         step_loop.serve(self._ends[rank], compute, self._is_stopped.is_set)
+
+    def first_reason(self) -> str:
+        """Why the first link ended that did; waits for it."""
+        return self._reasons.get(timeout=10)
 
     def close(self) -> None:
         self._is_stopped.set()
@@ -182,13 +188,25 @@ def test_rows_per_expert_that_do_not_sum_to_the_rows_end_the_link_with_a_sentenc
         counts = torch.tensor([1] + [0] * (num_local - 1))
         arrays = counts, torch.ones(2), torch.zeros(2, D, dtype=torch.int8)
         workers.links[0].post(wire.pack(workers.links[0].message(1 << 16), header, *arrays))
-        deadline = threading.Event()
-        for _ in range(100):
-            if workers.closed:
-                break
-            deadline.wait(0.05)
         rows = [1] + [0] * (num_local - 1)
-        assert workers.closed == [f"rows per expert {rows} do not sum to 2"]
+        assert workers.first_reason() == f"rows per expert {rows} do not sum to 2"
+
+
+def test_a_worker_without_memory_for_a_reply_ends_the_link_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_: int) -> Tensor:
+        raise LinkError("no memory can be had")
+
+    given = inputs(17, torch.bfloat16, D)
+    with joined_router(shape_of(torch.bfloat16), True) as (router, workers):
+        router.begin(StepHeader(TERM, EPOCH, 0, ALL_TO_ALL, 17))
+        router.combine(router.dispatch(LAYER, 0, *given))
+        monkeypatch.setattr(workers.theirs[0], "message", refuse)
+        with pytest.raises(WorkerLost) as caught:
+            router.combine(router.dispatch(LAYER, 0, *given))
+        assert caught.value.ep_rank == 0
+        assert workers.first_reason() == "no memory can be had"
 
 
 def test_a_message_that_is_changed_after_it_was_looked_at_is_not_answered() -> None:
