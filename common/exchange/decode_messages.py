@@ -44,7 +44,7 @@ class DecodeMessages:
         self._spare: list[Tensor | None] = [None] * num_workers
         self._fronts: dict[tuple[int, int], Tensor] = {}
         self._row_bytes = shape.hidden_size + torch.float32.itemsize
-        self._most_in_room = (MOST_BYTES - wire.HEADER_BYTES - 8 * slots.most_local) // self._row_bytes
+        self._most_in_room = (MOST_BYTES - wire.rows_bytes(slots.most_local, 0, 0)) // self._row_bytes
         self._most_rows = 0
 
     @classmethod
@@ -92,16 +92,13 @@ class DecodeMessages:
         begin = 0
         for ep_rank, end in enumerate(ends):
             if end > begin:
-                num_bytes = self._num_bytes(layer_id, ep_rank, end - begin)
+                num_local = self._tables[layer_id].num_local[ep_rank]
+                num_bytes = wire.rows_bytes(num_local, end - begin, self._row_bytes)
                 message = self._front(memory[ep_rank], num_bytes)
                 written.append((ep_rank, (message, begin, end - begin)))
                 self._spare[ep_rank] = None
             begin = end
         return written, position_of
-
-    def _num_bytes(self, layer_id: int, ep_rank: int, num_rows: int) -> int:
-        num_local = self._tables[layer_id].num_local[ep_rank]
-        return wire.HEADER_BYTES + 8 * num_local + num_rows * self._row_bytes
 
     def _memory(self, ep_rank: int, layer_id: int) -> Tensor:
         """Room for a message; what the last one did not need, having no rows, is used first."""

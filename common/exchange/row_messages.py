@@ -45,7 +45,7 @@ class RowMessages:
 
     def num_bytes(self, worker: int, num_rows: int) -> int:
         """Length of a message with so many rows."""
-        return wire.HEADER_BYTES + 8 * self.num_local[worker] + num_rows * self._row_bytes
+        return wire.rows_bytes(self.num_local[worker], num_rows, self._row_bytes)
 
     def write(self, message: Tensor, worker: int, begin: int, end: int) -> None:
         """Write what follows the header: rows per expert [E_local], scales of int8 rows, and the rows."""

@@ -79,6 +79,11 @@ def total_bytes(*arrays: Tensor) -> int:
     return HEADER_BYTES + sum([array.nbytes for array in arrays])
 
 
+def rows_bytes(num_experts: int, num_rows: int, row_bytes: int) -> int:
+    """Length of a message of ROWS at level 2: with rows per expert, then the rows, scales and all."""
+    return HEADER_BYTES + 8 * num_experts + num_rows * row_bytes
+
+
 def pack(buffer: Tensor, header: Header, *arrays: Tensor) -> Tensor:
     """Write a message to the front of `buffer` and return that part of it.
 
