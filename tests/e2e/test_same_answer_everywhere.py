@@ -96,14 +96,21 @@ def test_a_v2_checkpoint_answers_the_same_in_one_process_and_with_two_workers(v2
 def test_bench_exchange_traces_a_real_step_in_which_router_and_workers_compute_at_the_same_time(
     tmp_path: Path, *, is_quantised: bool
 ) -> None:
-    # Experts so wide that the first micro-batch is still computed when the router sends the second, however
-    # late a busy machine wakes the workers.
+    # 16 experts a token beside one that is shared: workers have eight times the router's work, so the first
+    # micro-batch is still computed when the second comes, whichever process a busy machine holds up.
     wide, file = tmp_path / "wide", tmp_path / "trace.json"
-    write_checkpoint(wide, family="v3", n_routed_experts=NUM_EXPERTS, moe_intermediate_size=8192)
+    write_checkpoint(
+        wide,
+        family="v3",
+        n_routed_experts=NUM_EXPERTS,
+        num_experts_per_tok=16,
+        topk_group=4,
+        moe_intermediate_size=2048,
+    )
     model = tmp_path / "w8a8" if is_quantised else wide
     if is_quantised:
         assert quantize_main([str(wide), str(model)]) == 0
-    flags = ("--model", str(model), "--micro-batches", "2", "--prompt-tokens", "400", "--chunk-rows", "32")
+    flags = ("--model", str(model), "--micro-batches", "2", "--prompt-tokens", "1000", "--chunk-rows", "32")
     done = subprocess.run(
         command("bench", "exchange", *flags, "--max-tokens", "4", "--trace", str(file), "--json"),
         capture_output=True,
@@ -113,7 +120,7 @@ def test_bench_exchange_traces_a_real_step_in_which_router_and_workers_compute_a
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert summary == summarize(json.loads(file.read_text())).json()
-    # 3 MoE layers; a prompt of 400 in 2 micro-batches, then 3 steps of one token.
+    # 3 MoE layers; a prompt of 1000 in 2 micro-batches, then 3 steps of one token.
     assert summary["counts"]["shared_experts"] == 3 * (2 + 3)
     assert summary["counts"]["experts"] > summary["counts"]["dispatch"]  # chunks
     assert summary["overlap"] > 0
