@@ -67,7 +67,7 @@ class ControlService(fleet_pb2_grpc.ExpertWorkerServiceServicer):
         self, request: pb.PrepareEpochRequest, context: Context
     ) -> AsyncIterator[pb.PrepareEpochResponse]:
         """Load what the epoch needs, join its link, and tell how far it is."""
-        self._check(request.term, request.incarnation)
+        await self._check(request.term, request.incarnation)
         logger.info("epoch %d: preparing ep_rank %d of %d", request.epoch, request.ep_rank, request.ep_size)
         async for answer in self._executor.prepare(self._prepare(request)):
             match answer:
@@ -87,13 +87,13 @@ class ControlService(fleet_pb2_grpc.ExpertWorkerServiceServicer):
 
     async def CheckEpoch(self, request: pb.CheckEpochRequest, context: Context) -> pb.CheckEpochResponse:
         """Ask the executor whether it could take part in an epoch."""
-        self._check(request.term, request.incarnation)
+        await self._check(request.term, request.incarnation)
         refusal = await self._executor.check(request.term, request.buffer_bytes, request.ep_level)
         return pb.CheckEpochResponse(refusal=refusal)
 
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: Context) -> pb.HeartbeatResponse:
         """Tell what the executor is doing."""
-        self._check(request.term, request.incarnation)
+        await self._check(request.term, request.incarnation)
         executor = self._executor
         return pb.HeartbeatResponse(
             executor_state=executor.state,
@@ -107,7 +107,7 @@ class ControlService(fleet_pb2_grpc.ExpertWorkerServiceServicer):
         self, request: pb.RestartExecutorRequest, context: Context
     ) -> pb.RestartExecutorResponse:
         """Replace the executor."""
-        self._check(request.term, request.incarnation)
+        await self._check(request.term, request.incarnation)
         logger.warning("the router asks for a new executor: %s", request.reason)
         return pb.RestartExecutorResponse(incarnation=await self._executor.restart(RESTART_TIMEOUT_S))
 
@@ -115,7 +115,7 @@ class ControlService(fleet_pb2_grpc.ExpertWorkerServiceServicer):
         self, request: pb.GetDeviceLinkRequest, context: Context
     ) -> pb.GetDeviceLinkResponse:
         """Ask hccn_tool what the cable of an NPU leads to."""
-        self._check(request.term, request.incarnation)
+        await self._check(request.term, request.incarnation)
         timeout_s = min(request.timeout_s, MOST_PROBE_S)
         (found,) = await device_links(self._data_address, [request.device_id], timeout_s)
         return pb.GetDeviceLinkResponse(kind=KINDS[found.link], reason=found.reason)
@@ -124,7 +124,7 @@ class ControlService(fleet_pb2_grpc.ExpertWorkerServiceServicer):
         self, request: pb.AnswerProbesRequest, context: Context
     ) -> AsyncIterator[pb.AnswerProbesResponse]:
         """Listen on the data plane until the router ends the call."""
-        self._check(request.term, request.incarnation)
+        await self._check(request.term, request.incarnation)
         async with listening(self._data_address) as listener:
             address = pb.ProbeAddress(host=listener.host, port=listener.port, token=listener.token)
             yield pb.AnswerProbesResponse(address=address)
@@ -133,13 +133,13 @@ class ControlService(fleet_pb2_grpc.ExpertWorkerServiceServicer):
 
     async def ProbePeers(self, request: pb.ProbePeersRequest, context: Context) -> pb.ProbePeersResponse:
         """Try to reach others on the data plane."""
-        self._check(request.term, request.incarnation)
+        await self._check(request.term, request.incarnation)
         targets = [Listener(one.host, one.port, one.token) for one in request.targets]
         failures = await probe(self._data_address, targets, min(request.timeout_s, MOST_PROBE_S))
         return pb.ProbePeersResponse(failures=failures)
 
-    def _check(self, term: int, incarnation: int) -> None:
-        if term != self._registration.term:
+    async def _check(self, term: int, incarnation: int) -> None:
+        if not await self._registration.is_of(term):
             raise ControlError(
                 f"term {term} called, but this worker has registered with term {self._registration.term}"
             )

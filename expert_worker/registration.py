@@ -71,6 +71,20 @@ class Registration:
         self._is_new = is_new
         self._on_term_over = on_term_over
         self._heard_s = 0.0
+        self._is_read = asyncio.Event()
+        self._is_read.set()
+
+    async def is_of(self, term: int) -> bool:
+        """Whether this worker has registered with the router of a term.
+
+        A router may call as soon as it has answered, so while an answer is on its way it is waited for,
+        as long as a registration may take.
+        """
+        if term != self.term:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CALL_TIMEOUT_S):
+                    await self._is_read.wait()
+        return term == self.term
 
     def heard(self) -> None:
         """The router has called."""
@@ -86,10 +100,6 @@ class Registration:
         while True:
             await self._has_started.wait()
             response = await self._register()
-            if self.term not in (0, response.term):
-                self._on_term_over(self.term)
-            self.term = response.term
-            self.heard()
             await self._until_lost(response.heartbeat_interval_s)
 
     async def _until_lost(self, interval_s: float) -> None:
@@ -112,24 +122,34 @@ class Registration:
             request = self._introduction()
             self._is_new.clear()
             try:
-                response = await self._call(request)
+                return await self._call(request)
             except grpc.aio.AioRpcError as error:
                 if error.code() in FINAL:
                     raise self._refused(request, error) from None
                 if time.monotonic() - began_s + delay_s > self._timeout_s:
                     raise self._unreachable(request, error) from None
                 logger.info("registering at %s failed, trying again: %s", self._router, error.details())
-            else:
-                logger.info("registered with the router at %s, term %d", self._router, response.term)
-                return response
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, LONGEST_RETRY_DELAY_S)
 
     async def _call(self, request: pb.RegisterRequest) -> pb.RegisterResponse:
-        # A new channel each time: an old one would wait out its own reconnection delays.
-        async with grpc.aio.insecure_channel(self._router, options=CHANNEL_OPTIONS) as channel:
-            stub: fleet_pb2_grpc.FleetServiceAsyncStub = fleet_pb2_grpc.FleetServiceStub(channel)
-            return await stub.Register(request, timeout=CALL_TIMEOUT_S, metadata=self._metadata)
+        self._is_read.clear()
+        try:
+            # A new channel each time: an old one would wait out its own reconnection delays.
+            async with grpc.aio.insecure_channel(self._router, options=CHANNEL_OPTIONS) as channel:
+                stub: fleet_pb2_grpc.FleetServiceAsyncStub = fleet_pb2_grpc.FleetServiceStub(channel)
+                response = await stub.Register(request, timeout=CALL_TIMEOUT_S, metadata=self._metadata)
+                self._registered(response)
+        finally:
+            self._is_read.set()
+        return response
+
+    def _registered(self, response: pb.RegisterResponse) -> None:
+        if self.term not in (0, response.term):
+            self._on_term_over(self.term)
+        self.term = response.term
+        self.heard()
+        logger.info("registered with the router at %s, term %d", self._router, response.term)
 
     def _refused(self, request: pb.RegisterRequest, error: grpc.aio.AioRpcError) -> ConfigError:
         way_out = {

@@ -39,6 +39,7 @@ class FleetPort(fleet_pb2_grpc.FleetServiceServicer):
     def __init__(self, term: int = 11) -> None:
         self.term = term
         self.known: list[pb.RegisterRequest] = []
+        self.answer_delay_s = 0.0
         self.server: RunningServer | None = None
 
     async def start(self, port: int = 0) -> str:
@@ -57,6 +58,7 @@ class FleetPort(fleet_pb2_grpc.FleetServiceServicer):
 
     async def Register(self, request: pb.RegisterRequest, context: Any) -> pb.RegisterResponse:  # noqa: N802
         self.known.append(request)
+        await asyncio.sleep(self.answer_delay_s)
         return pb.RegisterResponse(term=self.term, heartbeat_interval_s=INTERVAL_S)
 
 
@@ -139,6 +141,20 @@ async def test_an_agent_introduces_its_executor_and_answers_only_its_own_router(
         async with one.stub() as stub:
             error = await refusal(stub.Heartbeat(pb.HeartbeatRequest(term=11), timeout=5))
         assert error.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_a_router_may_call_before_the_answer_to_the_registration_has_been_read(tmp_path: Path) -> None:
+    async with running(tmp_path) as one:
+        await one.heartbeat()
+        number = one.port.server.port if one.port.server is not None else 0
+        await one.port.stop()
+        one.port.term, one.port.answer_delay_s = 12, 1.0
+        one.port.known.clear()
+        await one.port.start(number)
+        await one.until(lambda: one.port.known, beats=False)
+        assert one.agent.registration.term == 11
+        assert (await one.heartbeat()).executor_state == "idle"
+        assert one.agent.registration.term == 12
 
 
 async def test_a_stopped_executor_is_seen_and_replaced_when_the_router_asks(tmp_path: Path) -> None:
