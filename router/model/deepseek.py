@@ -349,12 +349,11 @@ class DeepseekModel(nn.Module):
     def forward(self, batch: Batch, cache: LatentCache, exchange: RouterExchange) -> Computation:  # -> [B, D]
         """Compute the rows of a micro-batch; return those whose logits are wanted, normalized."""
         residual = self.embed_tokens(batch.input_ids)
-        update: Tensor | None = None
         cos, sin = self.rotary.lookup(batch.positions, batch.num_positions)
-        for layer in self.layers:
+        first, *others = self.layers
+        update = yield from first(residual, None, cos, sin, batch, cache, exchange)
+        for layer in others:
             update = yield from layer(residual, update, cos, sin, batch, cache, exchange)
-        if update is None:
-            return self.norm(residual[batch.logits_rows])
         return self.norm.add(residual[batch.logits_rows], update[batch.logits_rows])
 
 
