@@ -145,7 +145,7 @@ class ReloadMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.patched = pytest.MonkeyPatch()
-        self.patched.setattr(epoch_attempt, "BESIDE_TIMEOUT_S", 0.3)
+        self.patched.setattr(epoch_attempt, "BESIDE_TIMEOUT_S", 1.0)
         self.folder = Path(tempfile.mkdtemp(prefix="reload-states-"))
         self.loop = asyncio.new_event_loop()
         self.kept: list[tuple[int, dict[str, Any]]] = []
