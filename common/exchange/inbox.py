@@ -27,6 +27,9 @@ SPIN_NS = 50_000
 """How long a taker looks again and again, giving way to others in between, before it sleeps. An answer that
 is computed meanwhile costs no wake-up, and an idle process costs nothing."""
 
+MOST_LOOKED_AT = 4
+"""To look at so few links costs less than to ask which of them something has come over."""
+
 
 class Inbox(Generic[ItemT]):
     """Filled by `put`, by a thread for each link that can only be waited for, and by the taker itself."""
@@ -111,8 +114,9 @@ class Inbox(Generic[ItemT]):
     def _look_at_links(self) -> bool:
         """Take in what has come over a link; whether anything did."""
         looks = tuple(self._looks.values())
-        # To look for a message costs less than to ask where one is, and then to look for it there.
-        return looks[0]() if len(looks) == 1 else self._collect(0.0)
+        if len(looks) > MOST_LOOKED_AT:
+            return self._collect(0.0)
+        return any([look() for look in looks])
 
     def _collect(self, timeout_s: float | None) -> bool:
         """Wait until something happens on a link, and take it in; whether anything did."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from common.exchange import Dispatched, wire
 from common.exchange.deadline import Deadline
 from common.exchange.message_link import MessageLink
+from common.exchange.message_views import MessageViews
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,7 @@ class Worker:
     """A link and what is known about it.
 
     Attributes:
+        views: of its replies.
         header: of the rows of a step; each message of them overwrites what differs.
         unanswered_rows: of all requests.
     """
@@ -74,6 +76,7 @@ class Worker:
     incarnation: int
     link: MessageLink
     deadline: Deadline
+    views: MessageViews
     header: wire.Header = field(default_factory=lambda: wire.Header(wire.ROWS, 0, 0, 0, 0))
     unanswered_rows: int = 0
     requests: dict[tuple[int, int, int], Request] = field(default_factory=dict)

@@ -23,6 +23,7 @@ from common.exchange.inbox import Inbox
 from common.exchange.links_expert import say_goodbye
 from common.exchange.links_flight import InFlight, Reply, Request, Worker
 from common.exchange.message_link import MessageLink
+from common.exchange.message_views import MessageViews
 from common.exchange.reply_spans import add_reply_spans
 from common.exchange.routing import RowShape, sum_partials, weighted_sum
 from common.exchange.row_messages import RowMessages
@@ -59,7 +60,7 @@ class LinksRouterExchange:
         """Take over the links, in ep_rank order."""
         self.extra = Extra()
         self._workers = [
-            Worker(rank, name, incarnation, link, Deadline(floor_s))
+            Worker(rank, name, incarnation, link, Deadline(floor_s), MessageViews(shape, link.keeps_memory))
             for rank, (link, name, incarnation) in enumerate(zip(links, names, incarnations, strict=True))
         ]
         self._slots = SlotTables(placement)
@@ -299,13 +300,13 @@ class LinksRouterExchange:
         found = (header.term, header.epoch, header.incarnation, header.step_id)
         if found != (sent.term, sent.epoch, sent.incarnation, sent.step_id):
             raise MessageError(f"a reply of (term, epoch, incarnation, step) {found} came late")
-        shape = (request.num_rows, self._shape.hidden_size)
         flight = request.owner
         if flight.position_of is None:
             self.extra.passes += header.rounds - 1
+            shape = (request.num_rows, self._shape.hidden_size)
             order, body = worker.ep_rank, wire.unpack(buffer, header, (shape, torch.float64))[0]
         else:
-            order, body = request.begin, wire.unpack(buffer, header, (shape, self._shape.dtype))[0]
+            order, body = request.begin, worker.views.rows_home(buffer, header, request.num_rows)
         flight.replies.append(Reply(order, body, buffer, worker.link))
         flight.missing -= 1
         self._learn(worker, request, header, arrived_ns)

@@ -1,4 +1,4 @@
-"""The arrays of a link's messages as a worker looks at them at ep_level 2.
+"""The arrays of a link's messages at ep_level 2, as either end looks at them.
 
 Shapes: R rows, D hidden_size, E_local experts a worker holds.
 """
@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from common.errors import MessageError
 from common.exchange import wire
 from common.exchange.routing import RowShape
 
@@ -29,7 +30,7 @@ class SentViews(NamedTuple):
 
 
 class ReplyViews(NamedTuple):
-    """A reply that is to be written: all of it, flat, and the rows [R, D] in it."""
+    """A reply: all of it, flat, and the rows [R, D] in it."""
 
     message: Tensor
     output: Tensor
@@ -38,7 +39,7 @@ class ReplyViews(NamedTuple):
 class MessageViews:
     """Makes views of messages; keeps those of short ones where the messages of a link lie in the same places.
 
-    To make them takes as long as all else that a worker does about a message of a decode step; to find them
+    To make them takes as long as all else that an end does about a message of a decode step; to find them
     takes a tenth of that. Views that are kept hold their memory, so that no other has its address meanwhile.
     """
 
@@ -72,6 +73,15 @@ class MessageViews:
             views = ReplyViews(message, output)
             self._keep(self._replies, key, views, message.numel())
         return views
+
+    def rows_home(self, buffer: Tensor, header: wire.Header, num_rows: int) -> Tensor:
+        """The rows [R, D] of a reply that came, to so many that were sent. Raises MessageError."""
+        expected = self.reply_bytes(num_rows)
+        if header.num_bytes != expected:
+            raise MessageError(
+                f"a reply of {header.num_bytes} bytes was expected to have {expected}: {header}"
+            )
+        return self.reply(buffer, num_rows).output
 
     def reply_bytes(self, num_rows: int) -> int:
         """Length of the reply of so many rows."""

@@ -68,6 +68,9 @@ def test_a_reply_is_read_as_it_was_written(num_rows: int) -> None:
         assert header.num_bytes == views.reply_bytes(num_rows)
         (rows,) = wire.unpack(message, header, ((num_rows, D), SHAPE.dtype))
         assert rows.flatten().tolist() == [*range(first, first + num_rows * D)]
+        assert torch.equal(MessageViews(SHAPE, True).rows_home(message, header, num_rows), rows)
+        with pytest.raises(MessageError, match="was expected to have"):
+            views.rows_home(message, header, num_rows + 1)
     assert views.reply(memory, num_rows) is views.reply(memory, num_rows)
 
 
