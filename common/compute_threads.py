@@ -48,6 +48,16 @@ def take_cores(first: int) -> None:
         native_library.open_library().threads_place(first)
 
 
+def sleep_at_once() -> None:
+    """Have the helpers of the native kernels sleep as soon as they find nothing to do.
+
+    For a process that computes one message at a time. They look for work for a while otherwise, since kernels
+    follow one another, and keep the cores meanwhile from whoever else computes there.
+    """
+    if native_library.why_unavailable() is None:
+        native_library.open_library().threads_look(0)
+
+
 def fit_torch(num_rows: int) -> None:
     """Give torch the threads that pay for operations on so many rows."""
     if _settled is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from common.errors import ConfigError
 from common.native.compiler import LIBRARY
 
-VERSION = 9
+VERSION = 10
 PATHS = ("portable", "avx2", "avx512_vnni")
 """The ways through the kernels, in the order of their numbers there."""
 

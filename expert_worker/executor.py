@@ -104,6 +104,7 @@ class Executor:
             if not isinstance(first, Configure):
                 raise ControlError(f"the first message is {type(first).__name__}, but it must be Configure")
             compute_threads.settle(first.threads, first.device)
+            compute_threads.sleep_at_once()
             torch.set_float32_matmul_precision("highest")
             device, kernels = open_device(first.device), load_kernels(first.device)
             joining = self._open(first, kernels)

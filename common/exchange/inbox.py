@@ -23,9 +23,8 @@ Opener = Callable[[Tensor | LinkError, int], ItemT | None]
 """Makes an item of (message, received_ns), or None where it has dealt with the message itself. What comes
 last over a link is the LinkError that ended it."""
 
-SPIN_NS = 50_000
-"""How long a taker looks again and again, giving way to others in between, before it sleeps. An answer that
-is computed meanwhile costs no wake-up, and an idle process costs nothing."""
+REPLY_SPIN_NS = 50_000
+"""How long whoever waits for replies looks for them: some are computed meanwhile, and cost no wake-up."""
 
 MOST_LOOKED_AT = 4
 """To look at so few links costs less than to ask which of them something has come over."""
@@ -34,7 +33,9 @@ MOST_LOOKED_AT = 4
 class Inbox(Generic[ItemT]):
     """Filled by `put`, by a thread for each link that can only be waited for, and by the taker itself."""
 
-    def __init__(self) -> None:
+    def __init__(self, spin_ns: int = 0) -> None:
+        """`spin_ns`: how long a taker looks again and again, giving way to others, before it sleeps."""
+        self._spin_ns = spin_ns
         self._items: deque[ItemT] = deque()
         self._looks: dict[MessageLink, Callable[[], bool]] = {}
         self._backlogged: list[MessageLink] = []
@@ -79,7 +80,7 @@ class Inbox(Generic[ItemT]):
         """Wait for the next that is still wanted; None when the time passed or the inbox was closed."""
         began_ns = time.monotonic_ns()
         until_ns = None if timeout_s is None else began_ns + int(timeout_s * 1e9)
-        spin_until_ns = began_ns + (SPIN_NS if self._looks else 0)
+        spin_until_ns = began_ns + (self._spin_ns if self._looks else 0)
         with self._taking:
             while not self._is_closed:
                 while self._items:
@@ -116,7 +117,7 @@ class Inbox(Generic[ItemT]):
         looks = tuple(self._looks.values())
         if len(looks) > MOST_LOOKED_AT:
             return self._collect(0.0)
-        return any([look() for look in looks])
+        return True in [look() for look in looks]
 
     def _collect(self, timeout_s: float | None) -> bool:
         """Wait until something happens on a link, and take it in; whether anything did."""

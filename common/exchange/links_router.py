@@ -19,7 +19,7 @@ from common.errors import LinkError, MessageError, WorkerLost
 from common.exchange import ALL_GATHER, Dispatched, Extra, RowOrigins, StepHeader, wire
 from common.exchange.deadline import CEILING_S, Deadline
 from common.exchange.decode_messages import DecodeMessages
-from common.exchange.inbox import Inbox
+from common.exchange.inbox import REPLY_SPIN_NS, Inbox
 from common.exchange.links_expert import say_goodbye
 from common.exchange.links_flight import InFlight, Reply, Request, Worker
 from common.exchange.message_link import MessageLink
@@ -71,7 +71,7 @@ class LinksRouterExchange:
         self._step: StepHeader | None = None
         self._message_rows, self._reply_row_bytes = 1, 0
         self._capacity = wire.HEADER_BYTES
-        self._arrivals: Inbox[Arrival] = Inbox()
+        self._arrivals: Inbox[Arrival] = Inbox(REPLY_SPIN_NS)
         self._is_closed = False
         for worker in self._workers:
             self._arrivals.watch(worker.link, partial(_arrival, worker.ep_rank))

@@ -36,11 +36,14 @@ using namespace int8;
 extern "C" {
 
 // Of this interface. common/native_int8.py refuses a library of another one.
-EXPORT int int8_version() { return 9; }
+EXPORT int int8_version() { return 10; }
 
 // Has the threads of this process compute on a core each: whoever calls a kernel on the one with `first` before
 // it among those the process may use. Not in a process that was forked from one with helpers.
 EXPORT void threads_place(int first) { Helpers::of_process().place(first); }
+
+// Has the helpers of this process look for work for so long before they sleep.
+EXPORT void threads_look(int microseconds) { Helpers::of_process().look(microseconds); }
 
 // The best path of this CPU; the lower numbers work too. 0 portable, 1 AVX2, 2 AVX-512 VNNI.
 EXPORT int int8_best_path() {

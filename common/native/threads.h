@@ -18,8 +18,9 @@
 
 #include "cores.h"
 
-// How long a helper gives way and looks again before it sleeps: to wake it takes as long as a small task.
-constexpr std::chrono::microseconds kLook{50};
+// How long a helper gives way and looks again before it sleeps, where nothing else is said: to wake it takes as
+// long as a small task.
+constexpr int kLookMicroseconds = 50;
 
 // The helpers of a process, made when they are first needed and kept. One caller has them at a time; another
 // one that calls meanwhile works alone.
@@ -69,6 +70,9 @@ class Helpers {
     for (size_t i = 0; i < started_.size(); i++) cores_.keep(started_[i], i + 1);
   }
 
+  // How long helpers look from here on before they sleep.
+  void look(int microseconds) { look_microseconds_.store(microseconds, std::memory_order_relaxed); }
+
  private:
   void start() {
     const int index = static_cast<int>(started_.size());
@@ -103,7 +107,8 @@ class Helpers {
 
   // Returns when there may be work, or nothing came for a while.
   void look_for(uint64_t seen) const {
-    const auto until = std::chrono::steady_clock::now() + kLook;
+    const std::chrono::microseconds look(look_microseconds_.load(std::memory_order_relaxed));
+    const auto until = std::chrono::steady_clock::now() + look;
     while (number_.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < until)
       std::this_thread::yield();
   }
@@ -116,7 +121,7 @@ class Helpers {
   std::vector<std::thread::native_handle_type> started_;
   Cores cores_;
   std::atomic<uint64_t> number_{0};
-  std::atomic<int> busy_{0};
+  std::atomic<int> busy_{0}, look_microseconds_{kLookMicroseconds};
 };
 
 // Calls task(0) ... task(count - 1), each once, in any order.

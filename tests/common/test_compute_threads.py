@@ -62,6 +62,27 @@ def test_an_accelerator_leaves_torch_its_threads(settled: None) -> None:
     assert torch.get_num_threads() == 2
 
 
+SLEEPING = """
+import time
+import torch
+from common import compute_threads, int8_rows
+
+compute_threads.settle(3, "cpu")
+rows = torch.randn(1000, 1000)  # so many that they are shared
+expected, scales = int8_rows.quantize_rows(rows)
+compute_threads.sleep_at_once()
+for pause_s in [0.0] * 200 + [0.001] * 50:
+    time.sleep(pause_s)
+    found, found_scales = int8_rows.quantize_rows(rows)
+    assert torch.equal(found, expected) and torch.equal(found_scales, scales)
+"""
+
+
+@pytest.mark.skipif(native_library.why_unavailable() is not None, reason="the kernels were not built")
+def test_helpers_that_sleep_at_once_are_woken_for_all_that_follows() -> None:
+    subprocess.run([sys.executable, "-c", SLEEPING], timeout=60, check=True)
+
+
 PLACED = """
 import os, sys, threading
 from pathlib import Path

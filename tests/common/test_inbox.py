@@ -11,15 +11,15 @@ import pytest
 from torch import Tensor
 
 from common.errors import LinkError
-from common.exchange.inbox import Inbox
+from common.exchange.inbox import REPLY_SPIN_NS, Inbox
 from common.shared_memory_link import SharedMemoryLink
 
 Item = tuple[str, Tensor | LinkError | None]
 
 
-@pytest.fixture
-def inbox() -> Iterator[Inbox[Item]]:
-    made: Inbox[Item] = Inbox()
+@pytest.fixture(params=[0, REPLY_SPIN_NS], ids=["sleeps at once", "looks first"])
+def inbox(request: pytest.FixtureRequest) -> Iterator[Inbox[Item]]:
+    made: Inbox[Item] = Inbox(request.param)
     yield made
     made.close()
 
