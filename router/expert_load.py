@@ -12,6 +12,9 @@ from torch import Tensor
 
 from common.exchange import Dispatched, Extra, RouterExchange, RowOrigins, StepHeader
 
+MOST_UNCOUNTED = 1 << 12
+"""Choices that are kept before they are counted: those of one decode step take as long as those of many."""
+
 
 class ExpertLoads:
     """Choices per layer and expert since the engine started. Owned by the thread that steps."""
@@ -20,6 +23,8 @@ class ExpertLoads:
         self._rows = {layer_id: row for row, layer_id in enumerate(moe_layer_ids)}
         self._settled = torch.zeros(len(self._rows), n_routed_experts, dtype=torch.int64)  # [L, E]
         self._of_step: list[tuple[int, Tensor]] = []
+        self._uncounted: list[tuple[int, Tensor]] = []
+        self._num_uncounted = 0
 
     def begin_step(self) -> None:
         """Forget the choices of a step that did not settle: it is computed again."""
@@ -30,17 +35,27 @@ class ExpertLoads:
         self._of_step.append((self._rows[layer_id], topk_ids))
 
     def settle(self) -> None:
-        """The step is computed: its choices count, those of all layers at once."""
-        if self._of_step:
-            num_experts = self._settled.shape[1]
-            choices = torch.cat([(row * num_experts + ids).reshape(-1) for row, ids in self._of_step])
-            counts = torch.bincount(choices, minlength=self._settled.numel())
-            self._settled += counts.to(self._settled.device).view_as(self._settled)
-            self._of_step.clear()
+        """The step is computed: its choices count."""
+        self._uncounted += self._of_step
+        self._num_uncounted += sum(topk_ids.numel() for _, topk_ids in self._of_step)
+        self._of_step.clear()
+        if self._num_uncounted >= MOST_UNCOUNTED:
+            self._count()
 
     def layers(self) -> dict[int, list[int]]:
         """Counts by layer, in the order of the experts."""
+        self._count()
         return {layer_id: self._settled[row].tolist() for layer_id, row in self._rows.items()}
+
+    def _count(self) -> None:
+        if not self._uncounted:
+            return
+        num_experts = self._settled.shape[1]
+        choices = torch.cat([(row * num_experts + ids).reshape(-1) for row, ids in self._uncounted])
+        counts = torch.bincount(choices, minlength=self._settled.numel())
+        self._settled += counts.to(self._settled.device).view_as(self._settled)
+        self._uncounted.clear()
+        self._num_uncounted = 0
 
 
 class CountedExchange:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from pathlib import Path
 
 import torch
@@ -49,6 +51,24 @@ def test_a_step_that_is_computed_again_is_counted_once() -> None:
         loads.note(6, torch.tensor(topk_ids[:1]))
         loads.settle()
     assert loads.layers() == {4: [2, 2, 2], 6: [1, 2, 1]}
+
+
+def test_counts_are_those_of_every_step_so_far_whenever_they_are_asked_for() -> None:
+    loads, expected = ExpertLoads(64, [1, 2]), {1: [0] * 64, 2: [0] * 64}
+    rng = random.Random(3)
+    for step in range(400):  # more choices than are kept before they are counted, several times
+        loads.begin_step()
+        for layer_id, counts in expected.items():
+            topk_ids = [
+                rng.sample(range(64), 6) for _ in range(rng.choice([1, 1, 9, 700]) if step % 7 else 1)
+            ]
+            loads.note(layer_id, torch.tensor(topk_ids))
+            for expert in itertools.chain(*topk_ids):
+                counts[expert] += 1
+        loads.settle()
+        if step % 50 == 0:
+            assert loads.layers() == expected
+    assert loads.layers() == expected
 
 
 def test_an_engine_tells_its_counts_and_they_grow_by_every_token_it_computed(tmp_path: Path) -> None:
