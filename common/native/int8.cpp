@@ -35,7 +35,7 @@ using namespace int8;
 
 extern "C" {
 
-// Of this interface. common/native_int8.py refuses a library of another one.
+// Of this interface. common/native_library.py refuses a library of another one.
 EXPORT int int8_version() { return 10; }
 
 // Has the threads of this process compute on a core each: whoever calls a kernel on the one with `first` before
