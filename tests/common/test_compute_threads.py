@@ -63,24 +63,43 @@ def test_an_accelerator_leaves_torch_its_threads(settled: None) -> None:
 
 
 SLEEPING = """
-import time
+import os, time
+from pathlib import Path
 import torch
 from common import compute_threads, int8_rows
 
+def sleeps():
+    counts = {}
+    for task in Path("/proc/self/task").iterdir():
+        lines = dict(line.split(":", 1) for line in (task / "status").read_text().splitlines())
+        counts[int(task.name)] = int(lines["voluntary_ctxt_switches"])
+    return counts
+
 compute_threads.settle(3, "cpu")
+compute_threads.fit_torch(1)  # the only threads that are made are helpers
 rows = torch.randn(1000, 1000)  # so many that they are shared
+others = set(sleeps())
 expected, scales = int8_rows.quantize_rows(rows)
 compute_threads.sleep_at_once()
+time.sleep(0.1)
+before = sleeps()
 for pause_s in [0.0] * 200 + [0.001] * 50:
     time.sleep(pause_s)
     found, found_scales = int8_rows.quantize_rows(rows)
     assert torch.equal(found, expected) and torch.equal(found_scales, scales)
+time.sleep(0.1)
+print(*(after - before[task] for task, after in sleeps().items() if task not in others))
 """
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs /proc")
 @pytest.mark.skipif(native_library.why_unavailable() is not None, reason="the kernels were not built")
-def test_helpers_that_sleep_at_once_are_woken_for_all_that_follows() -> None:
-    subprocess.run([sys.executable, "-c", SLEEPING], timeout=60, check=True)
+def test_helpers_that_sleep_at_once_are_woken_for_what_follows() -> None:
+    command = [sys.executable, "-c", SLEEPING]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    times_woken = [int(word) for word in done.stdout.split()]
+    assert len(times_woken) == 2
+    assert min(times_woken) > 0
 
 
 PLACED = """
